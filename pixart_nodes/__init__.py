@@ -1,0 +1,1 @@
+"""A ComfyUI node pack for the PixArt family of diffusion transformers."""
