@@ -1,0 +1,58 @@
+"""Train the tiny autoencoder's decoder on crops of scenes. The encoder is set (vae.py), so latents never change."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch.nn.functional import l1_loss, mse_loss
+
+from . import vae
+from .scenes import render, sample_scene
+
+CROP = 64  # px
+NOISE = 0.06  # deviation added to the latents: sampled latents are never exact
+
+
+def crops(rng: np.random.Generator, count: int) -> torch.Tensor:
+    """Random crops on the 8 px lattice, mirrored at random and sometimes recoloured: (B, 3, 64, 64) in 0..1."""
+    images = np.empty((count, CROP, CROP, 3), dtype=np.uint8)
+    for row in range(count):
+        side = int(rng.choice((128, 192, 256)))
+        image = render(sample_scene(rng, width=side, height=side), rng)
+        top, left = (8 * int(rng.integers((side - CROP) // 8 + 1)) for _ in range(2))
+        images[row] = image[top : top + CROP, left : left + CROP]
+    pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
+    if rng.random() < 0.5:
+        pixels = pixels.flip(3)
+    return pixels
+
+
+def train(path: Path, *, steps: int, batch: int = 8, seed: int = 0, report=print) -> None:
+    """Write the whole autoencoder to `path` when done (and every 250 steps, so that a stop loses little)."""
+    torch.manual_seed(seed)
+    rng = np.random.default_rng(seed + 2)
+    encoder, decoder = vae.make_encoder(), vae.make_decoder()
+    vae.set_encoder(encoder)
+    vae.prepare_decoder(decoder)
+    decoder = decoder.to(memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(decoder.parameters(), lr=1e-3, weight_decay=1e-4)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=steps, pct_start=0.05)
+    losses = []
+    for step in range(steps):
+        pixels = crops(rng, batch)
+        latent = vae.encode(pixels)
+        latent = latent + NOISE * torch.randn(latent.shape)
+        guess = decoder(latent.to(memory_format=torch.channels_last))
+        loss = mse_loss(guess, pixels) * 4 + l1_loss(guess, pixels)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(decoder.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        losses.append(mse_loss(guess, pixels).item())
+        if (step + 1) % 250 == 0 or step + 1 == steps:
+            report({"stage": "vae", "step": step + 1, "psnr": round(-10 * float(np.log10(np.mean(losses))), 2)})
+            losses = []
+            tensors = {k: v.contiguous() for k, v in vae.state_dict(encoder, decoder).items()}
+            save_file(tensors, path, metadata={"format": "pt"})
