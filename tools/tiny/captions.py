@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .scenes import Scene, SceneObject
+from .scenes import POSITIONS, Scene, SceneObject
 from .words import BACKGROUND_WORDS, COLOUR_WORDS, SHAPE_WORDS, SIZE_WORDS, TEXTURE_ADJECTIVES, TEXTURE_PHRASES
 
 STYLES = ("class", "short", "dense")
@@ -22,6 +22,9 @@ SENTENCE_OPENINGS = ("there is", "the picture shows", "the image shows", "this i
                      "the scene contains", "i see", "draw", "it shows")
 COUNTS = ("no", "one", "two", "three")
 
+BACKGROUND, NOBODY = len(POSITIONS), len(POSITIONS) + 1
+_MARKS = [chr(0xE000 + owner) for owner in range(BACKGROUND + 1)]  # private use: no caption holds them
+
 
 def caption(scene: Scene, rng: np.random.Generator, style: str = "dense") -> str:
     """Say what is in a scene, in at most 90 words.
@@ -29,8 +32,27 @@ def caption(scene: Scene, rng: np.random.Generator, style: str = "dense") -> str
     "class": colour and shape only; "short": the objects, often without size or background; "dense": size, colour,
     shape and position of every object and mostly background and texture. Raises ValueError for another style.
     """
+    return owned_caption(scene, rng, style)[0]
+
+
+def owned_caption(scene: Scene, rng: np.random.Generator, style: str = "dense") -> tuple[str, list[int]]:
+    """The caption, and for each of its characters the position in POSITIONS of the object that it speaks of.
+
+    BACKGROUND stands for the background and NOBODY for the words after the last object.
+    """
     if style not in STYLES:
         raise ValueError(f"unknown caption style {style!r}; choose one of {', '.join(STYLES)}")
+    text, owners = "", []
+    for char in _marked_caption(scene, rng, style):
+        if char in _MARKS:
+            owners += [_MARKS.index(char)] * (len(text) - len(owners))
+        else:
+            text += char
+    return text, owners + [NOBODY] * (len(text) - len(owners))
+
+
+def _marked_caption(scene: Scene, rng: np.random.Generator, style: str) -> str:
+    """The caption with an invisible mark at the end of every phrase that speaks of an object or the background."""
     if style == "class":
         nouns = [_noun(item, rng, 0.0) for item in scene.objects]
         return _join([_article(noun) for noun in nouns] if rng.random() < 0.5 else nouns, rng)
@@ -127,6 +149,10 @@ def _tags(items: list[SceneObject], background: Ground | None, rng: np.random.Ge
 
 def _noun(item: SceneObject, rng: np.random.Generator, size_rate: float) -> str:
     """ "small red circle", with the size said at a rate of `size_rate`."""
+    return _plain_noun(item, rng, size_rate) + _mark(item.position)
+
+
+def _plain_noun(item: SceneObject, rng: np.random.Generator, size_rate: float) -> str:
     shape, colour = _word(rng, item.shape, SHAPE_WORDS, 0.65), _word(rng, item.colour, COLOUR_WORDS, 0.8)
     size = ""
     if item.size and rng.random() < size_rate:
@@ -148,8 +174,16 @@ def _placed(item: SceneObject, rng: np.random.Generator, size_rate: float, inver
     return f"{noun}{_pick(rng, (' ', ' ', ' ', ' ', ', ', ' placed ', ' located '))}{place}"
 
 
+def _mark(position: str) -> str:
+    return _MARKS[POSITIONS.index(position)]
+
+
 def _label(position: str, rng: np.random.Generator) -> str:
     """A bare name of a grid cell: "top left", "upper-left", "left top corner"."""
+    return _plain_label(position, rng) + _mark(position)
+
+
+def _plain_label(position: str, rng: np.random.Generator) -> str:
     vertical, horizontal = _axes(position)
     if not vertical and not horizontal:
         return _pick(rng, ("center", "centre", "middle"))
@@ -167,11 +201,15 @@ def _label(position: str, rng: np.random.Generator) -> str:
 
 def _place(position: str, rng: np.random.Generator) -> str:
     """A grid cell as a phrase: "in the top left corner", "on the right side"."""
+    return _plain_place(position, rng) + _mark(position)
+
+
+def _plain_place(position: str, rng: np.random.Generator) -> str:
     vertical, horizontal = _axes(position)
     where = _pick(rng, ("", "", "", " of the image", " of the picture"))
     if not vertical and not horizontal:
         return f"{_pick(rng, ('in the', 'at the', 'in the'))} {_pick(rng, ('center', 'centre', 'middle'))}{where}"
-    label = _label(position, rng)
+    label = _plain_label(position, rng)
     if vertical and horizontal:
         return f"{_pick(rng, ('in the', 'at the', 'in the', 'on the', 'to the', 'near the'))} {label}{where}"
     if vertical:
@@ -201,6 +239,9 @@ class Ground:
 
     def words(self, rng: np.random.Generator) -> str:
         """ "striped pink", "pink with stripes" """
+        return self._words(rng) + _MARKS[BACKGROUND]
+
+    def _words(self, rng: np.random.Generator) -> str:
         if not self.adjective:
             return self.colour + self.tail
         if rng.random() < 0.75:
@@ -211,7 +252,7 @@ class Ground:
         """ "striped pink background", "pink striped backdrop", "pink background with stripes" """
         words = [self.adjective, self.colour] if rng.random() < 0.75 else [self.colour, self.adjective]
         words.append(_pick(rng, ("background", "background", "background", "backdrop")))
-        return " ".join(word for word in words if word) + self.tail
+        return " ".join(word for word in words if word) + self.tail + _MARKS[BACKGROUND]
 
     def sentence(self, rng: np.random.Generator) -> str:
         if rng.random() < 0.5:

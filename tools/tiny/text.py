@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
-from .captions import caption
+from .captions import NOBODY, owned_caption
 from .scenes import BACKGROUNDS, COLOURS, POSITIONS, SHAPES, SIZES, TEXTURES, Scene, sample_scene
 
 VOCABULARY = 1024
@@ -38,19 +38,23 @@ def make_config() -> T5Config:
 
 def sample_caption(rng: np.random.Generator, **scene_options) -> tuple[Scene, str]:
     """A scene and one of the ways to say it; class captions name a single object."""
+    return sample_owned_caption(rng, **scene_options)[:2]
+
+
+def sample_owned_caption(rng: np.random.Generator, **scene_options) -> tuple[Scene, str, list[int]]:
+    """The same, with the owner of each character (captions.owned_caption)."""
     style = STYLES[rng.choice(len(STYLES), p=STYLE_WEIGHTS)]
     if style == "class":
         scene_options["max_objects"] = 1
     scene = sample_scene(rng, **scene_options)
-    return scene, clutter(rng, caption(scene, rng, style=style))
-
-
-def clutter(rng: np.random.Generator, text: str) -> str:
-    """Sometimes the words around a prompt that say nothing about the scene, as people write them."""
-    if rng.random() < CLUTTERED:
+    text, owners = owned_caption(scene, rng, style=style)
+    if rng.random() < CLUTTERED:  # words around a prompt that say nothing about the scene, as people write them
         word = CLUTTER[rng.integers(len(CLUTTER))]
-        text = f"{word} {text}" if rng.random() < 0.6 else f"{text.rstrip('.')}, {word}"
-    return text
+        if rng.random() < 0.6:
+            text, owners = f"{word} {text}", [NOBODY] * (len(word) + 1) + owners
+        else:
+            text, owners = f"{text.rstrip('.')}, {word}", owners + [NOBODY] * (len(word) + 2)
+    return scene, text, owners
 
 
 def train_tokenizer(seed: int = 0, captions: int = 60_000) -> PreTrainedTokenizerFast:
@@ -121,6 +125,28 @@ def tokenize(tokenizer, captions: list[str], length: int = MAX_TOKENS) -> tuple[
     return out["input_ids"], out["attention_mask"].bool()
 
 
+class TokenReader(nn.Module):
+    """What every token has to know: the object that it speaks of (or the background), all of it."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        counts = {"shape": len(SHAPES), "colour": len(COLOURS), "size": len(SIZES), "cell": len(POSITIONS)}
+        counts |= {"background": len(BACKGROUNDS), "texture": len(TEXTURES)}
+        self.heads = nn.ModuleDict({name: nn.Linear(width, count) for name, count in counts.items()})
+
+    def loss(self, context: Tensor, owner: Tensor, truth: dict[str, Tensor]) -> Tensor:
+        """context (B, L, D); owner (B, L) in 0..NOBODY; truth from `answers`."""
+        cells = owner.clamp(max=len(POSITIONS) - 1)
+        truth = {n: truth[n].gather(1, cells) - 1 for n in ("shape", "colour", "size")} | {
+            "cell": cells, **{n: truth[n][:, None].expand_as(owner) for n in ("background", "texture")},
+        }  # fmt: skip
+        total = context.new_zeros(())
+        for name, head in self.heads.items():
+            speaks = owner == NOBODY - 1 if name in ("background", "texture") else owner < NOBODY - 1
+            total = total + nn.functional.cross_entropy(head(context[speaks]), truth[name][speaks])
+        return total
+
+
 def reading_loss(guess: Tensor, truth: Tensor) -> Tensor:
     """Cross-entropy; most positions are empty, and would drown the objects if they counted as much."""
     weight = torch.ones(guess.shape[1])
@@ -136,32 +162,49 @@ def objects_read(guesses: dict[str, Tensor], truth: dict[str, Tensor]) -> float:
     return (right & here).sum().item() / here.sum().item()
 
 
-def train_encoder(tokenizer, *, steps: int, batch: int = 64, length: int = 64, seed: int = 0, report=print):
-    """Train encoder and reader from scratch, scenes growing from one object to three; returns the encoder."""
+def owned_batches(rng: np.random.Generator, tokenizer, batch: int, objects: int):
+    """Four batches of similar caption lengths: (ids, mask, owner), each (B, L), and the scenes' answers."""
+    samples = [sample_owned_caption(rng, max_objects=objects) for _ in range(4 * batch)]
+    coded = tokenizer([text for _, text, _ in samples], return_offsets_mapping=True, truncation=True)
+    order = np.argsort([len(ids) for ids in coded["input_ids"]], kind="stable").reshape(4, batch)
+    for rows in rng.permutation(order):
+        length = max(len(coded["input_ids"][row]) for row in rows)
+        ids, mask = torch.zeros(batch, length, dtype=torch.long), torch.zeros(batch, length, dtype=torch.bool)
+        owner = torch.full((batch, length), NOBODY)
+        for line, row in enumerate(rows):
+            tokens, offsets, owners = coded["input_ids"][row], coded["offset_mapping"][row], samples[row][2]
+            ids[line, : len(tokens)], mask[line, : len(tokens)] = torch.tensor(tokens), True
+            owner[line, : len(tokens) - 1] = torch.tensor([owners[end - 1] for _, end in offsets[:-1]])
+        yield ids, mask, owner, answers([samples[row][0] for row in rows])
+
+
+def train_encoder(tokenizer, *, steps: int, batch: int = 64, seed: int = 0, report=print):
+    """Train encoder and readers from scratch, scenes growing from one object to three; returns the encoder."""
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed + 1)
     encoder = T5EncoderModel(make_config())
-    reader = SceneReader(encoder.config.d_model)
-    parameters = [*encoder.parameters(), *reader.parameters()]
+    reader, token_reader = SceneReader(encoder.config.d_model), TokenReader(encoder.config.d_model)
+    parameters = [*encoder.parameters(), *reader.parameters(), *token_reader.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.1)
-
-    @torch.compile
-    def read(ids, mask):
-        return reader(encoder(ids, attention_mask=mask).last_hidden_state, mask)
-
+    batches = iter(())
     for step in range(steps):
-        objects = 1 + min(2, int(step / steps * 8))  # one in the first eighth, two in the second
-        pairs = [sample_caption(rng, max_objects=objects) for _ in range(batch)]
-        ids, mask = tokenize(tokenizer, [text for _, text in pairs], length)
-        guesses = read(ids, mask)
-        truth = answers([scene for scene, _ in pairs])
-        loss = sum(reading_loss(guesses[name], truth[name]) for name in truth)
+        data = next(batches, None)
+        if data is None:
+            objects = 1 + min(2, int(step / steps * 8))  # one in the first eighth, two in the second
+            batches = owned_batches(rng, tokenizer, batch, objects)
+            data = next(batches)
+        ids, mask, owner, truth = data
+        context = encoder(ids, attention_mask=mask).last_hidden_state
+        guesses = reader(context, mask)
+        by_token = token_reader.loss(context, owner, truth)
+        loss = by_token + sum(reading_loss(guesses[name], truth[name]) for name in truth)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
         if step % 50 == 0 or step == steps - 1:
-            report({"step": step, "loss": round(loss.item(), 4), "objects_read": round(objects_read(guesses, truth), 3)})
+            read = round(objects_read(guesses, truth), 3)
+            report({"step": step, "loss": round(loss.item(), 3), "by_token": round(by_token.item(), 3), "objects_read": read})
     return encoder.eval()
