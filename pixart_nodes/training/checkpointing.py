@@ -21,7 +21,8 @@ def save(path: Path, **state) -> None:
     except OSError as error:
         raise OSError(f"Cannot write the checkpoint {path}: {error}. Free some space, then run again.") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary.is_file():
+            temporary.unlink()
 
 
 def load(path: Path) -> dict | None:

@@ -1,0 +1,97 @@
+"""From a file to a transformer."""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..model.attention import sdpa
+from ..model.params import PixArtParams
+from ..model.transformer import PixArtTransformer
+from . import files
+from .configs import from_config, from_name
+from .detect import Detection, contradictions, detect, find_transformer, idle_tensors
+from .keys import POS_EMBED, Y_EMBEDDING, to_native
+from .measure import measure
+
+logger = logging.getLogger(__name__)
+
+
+def load_transformer(
+    path_or_state_dict, *, family: str | None = None, base_size: int | None = None,
+    ema: bool | None = False, config=None, operations=nn, attention=sdpa, dtype: torch.dtype | None = None, device=None,
+) -> tuple[PixArtTransformer, Detection]:  # fmt: skip
+    """Loads a PixArt transformer from a file, a diffusers folder or a state dict in any layout.
+
+    family, base_size (training size in pixels) and config as in `detect.detect`. ema=True takes the averaged weights
+    of a training checkpoint, None takes them if there are any. dtype None keeps what is stored (fp8 too). The model
+    is complete or an error is raised: ValueError or FileNotFoundError with the file's name, what is wrong, and what
+    to do.
+    """
+    if isinstance(path_or_state_dict, Mapping):
+        if ema:
+            raise ValueError("ema=True chooses inside a checkpoint file; a state dict holds one set of weights.")
+        native, detection = native_weights(path_or_state_dict, None, config, family, base_size)
+    else:
+        native, detection = load_weights(path_or_state_dict, family=family, base_size=base_size, ema=ema, config=config)
+    model = PixArtTransformer(
+        detection.params, operations=operations, attention=attention, dtype=dtype or _main_dtype(native), device="meta"
+    )
+    model.load_state_dict({name: tensor.to(device, dtype) for name, tensor in native.items()}, assign=True)
+    return model, detection
+
+
+def load_weights(
+    path, *, family: str | None = None, base_size: int | None = None, ema: bool | None = False, config=None
+) -> tuple[dict[str, Tensor], Detection]:
+    """The complete state dict of a PixArtTransformer, as stored, from a file or folder; errors as load_transformer."""
+    path = Path(path)
+    loaded = files.load(path, ema=ema)
+    try:
+        notes = []
+        if config is None:
+            config = _config_of(path, loaded, notes)
+        native, detection = native_weights(loaded.tensors, loaded.metadata, config, family, base_size, notes)
+    except ValueError as error:
+        raise ValueError(f"{path.name}: {error}") from error
+    for note in detection.notes:
+        logger.info("%s: %s", path.name, note)
+    return native, detection
+
+
+def native_weights(state_dict, metadata, config, family, base_size, notes=()) -> tuple[dict[str, Tensor], Detection]:
+    """Any PixArt state dict -> exactly the tensors of its PixArtTransformer, and what it is."""
+    detection = detect(state_dict, metadata, config, family, base_size)
+    native = to_native(state_dict)
+    for name in {POS_EMBED, *idle_tensors(native, detection.params)}:
+        native.pop(name, None)
+    notes = (*notes, *detection.notes)
+    if Y_EMBEDDING not in native:
+        native[Y_EMBEDDING] = null_caption(detection.params).to(_main_dtype(native))
+        notes += ("The file has no null caption: random rows take its place. Encode an empty prompt instead.",)
+    return native, Detection(detection.params, detection.family, detection.latent_scale, detection.layout, notes)
+
+
+def null_caption(params: PixArtParams) -> Tensor:
+    """Rows (L, D) like those the original starts with, N(0, 1 / D) (PixArt_blocks.py:386), always the same ones."""
+    shape = (params.caption_tokens, params.caption_channels)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)) / params.caption_channels**0.5
+
+
+def _main_dtype(native: Mapping[str, Tensor]) -> torch.dtype:
+    return native["t_block.1.weight"].dtype
+
+
+def _config_of(path: Path, loaded: files.Loaded, notes: list[str]) -> dict:
+    """The config.json found with the file, if it can be of the same model, over what a published name says."""
+    config, name = loaded.config, from_name(str(path.absolute()))
+    if config and not path.is_dir():
+        _, layout = find_transformer(loaded.tensors)
+        if wrong := contradictions(from_config(config), measure(to_native(loaded.tensors), layout)):
+            notes.append(f"The config.json beside the file is of another model ({wrong}): ignored.")
+            config = {}
+    if name:
+        notes.append(f"By its name this is PixArt-{name['family']} at {name['image_size']} px.")
+    return {**name, **config}

@@ -1,0 +1,1 @@
+"""The ComfyUI side: everything that imports comfy.*, apart from the nodes themselves."""

@@ -1,0 +1,59 @@
+"""Differences between ComfyUI 0.3.75 and 0.33, found by looking at signatures, never at version numbers."""
+
+import inspect
+
+import comfy.model_management
+import comfy.model_patcher
+from comfy_api.latest import io
+
+# Presentation that ComfyUI learned after 0.3.75. Nothing breaks without it, so older versions go without.
+NEWER_KEYWORDS = {"search_aliases", "essentials_category", "has_intermediate_output", "advanced"}
+
+
+def build(cls, *args, **keywords):
+    """`cls(*args, **keywords)` for io.Schema and io.X.Input, without the presentation this ComfyUI does not know."""
+    known = inspect.signature(cls.__init__).parameters
+    return cls(*args, **{k: v for k, v in keywords.items() if k in known or k not in NEWER_KEYWORDS})
+
+
+def model_patcher_class(disable_dynamic: bool = False):
+    """The patcher class in force right now: ComfyUI replaces it after start-up where DynamicVRAM works (0.16)."""
+    if disable_dynamic:
+        return comfy.model_patcher.ModelPatcher
+    return getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
+
+
+def load_model_weights(model, state_dict, patcher):
+    """Loads into a BaseModel; a dynamic patcher keeps the file's own tensors instead of copying them (0.12)."""
+    if "assign" in inspect.signature(model.load_model_weights).parameters:
+        model.load_model_weights(state_dict, "", assign=patcher.is_dynamic())
+    else:
+        model.load_model_weights(state_dict, "")
+
+
+def check_interrupt():
+    """Raises ComfyUI's interrupt when the user pressed Cancel. Call once per step of anything slow."""
+    comfy.model_management.throw_exception_if_processing_interrupted()
+
+
+def prompt_server():
+    """The running server, or None where ComfyUI runs without one."""
+    from server import PromptServer  # imports aiohttp and the whole web app: only when it is needed
+
+    return getattr(PromptServer, "instance", None)
+
+
+def show_text(node_id, text: str):
+    """Writes `text` under a node in the browser, where there is one."""
+    if node_id and prompt_server() is not None:
+        prompt_server().send_progress_text(text, node_id)
+
+
+async def register_replacements(replacements):
+    """Offers our nodes in place of another pack's (0.14): [{new_node_id, old_node_id, input_mapping, ...}, ...]."""
+    if not hasattr(io, "NodeReplace") or prompt_server() is None:
+        return
+    from comfy_api.latest import ComfyAPI
+
+    for replacement in replacements:
+        await ComfyAPI().node_replacement.register(io.NodeReplace(**replacement))

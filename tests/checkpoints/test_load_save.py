@@ -1,0 +1,160 @@
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from pixart_nodes.checkpoints import detect, files, load_transformer, load_weights, save_diffusers, save_native
+from pixart_nodes.checkpoints.keys import to_diffusers
+from pixart_nodes.model import KVCompress
+
+CONV = KVCompress("conv", 2, (1,))
+VARIED = [
+    {}, {"micro_condition": True}, {"qk_norm": True, "kv_compress": CONV}, {"learned_variance": False},
+    {"kv_compress": KVCompress("uniform", 2, (0,)), "pe_interpolation": 0.5}, {"mlp_ratio": 2.5, "base_size": 7},
+]  # fmt: skip
+
+
+def same(left, right):
+    return set(left) == set(right) and all(torch.equal(left[name], right[name]) for name in left)
+
+
+@pytest.mark.parametrize("changes", VARIED)
+def test_a_native_file_gives_back_the_same_model(tmp_path, tiny, make_model, picture, changes):
+    params = tiny(**changes)
+    model = make_model(params)
+    save_native(model, params, tmp_path / "m.safetensors", "sigma", "a test")
+    loaded, found = load_transformer(tmp_path / "m.safetensors")
+    assert found.params == params and found.family == "sigma" and found.layout == "native" and found.notes == ()
+    assert same(loaded.state_dict(), model.state_dict())
+    assert torch.equal(picture(loaded), picture(model))
+    metadata = files.read_header(tmp_path / "m.safetensors").metadata
+    assert metadata["pixart.origin"] == "a test" and metadata["pixart.format"] == "native"
+    assert json.loads(metadata["pixart.params"])["base_size"] == params.base_size
+
+
+@pytest.mark.parametrize("changes", [{}, {"micro_condition": True}, {"learned_variance": False, "depth": 12}])
+def test_a_diffusers_folder_gives_back_the_same_model(tmp_path, tiny, make_model, changes):
+    params = tiny(**changes)
+    model = make_model(params)
+    save_diffusers(model, params, tmp_path / "transformer", "alpha", "a test")
+    loaded, found = load_transformer(tmp_path / "transformer")
+    assert (found.params, found.family, found.layout, found.notes) == (params, "alpha", "diffusers", ())
+    assert same(loaded.state_dict(), model.state_dict())
+    assert load_transformer(tmp_path)[1].params == params
+
+
+@pytest.mark.parametrize("micro", [False, True])
+def test_diffusers_itself_loads_our_folder_and_draws_the_same(tmp_path, tiny, make_model, picture, micro, caplog):
+    diffusers = pytest.importorskip("diffusers")
+    params = tiny(micro_condition=micro)
+    model = make_model(params)
+    save_diffusers(model, params, tmp_path, "alpha", "a test")
+    theirs, info = diffusers.PixArtTransformer2DModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    g = torch.Generator().manual_seed(1)
+    x, y = torch.randn(1, 4, 8, 12, generator=g), torch.randn(1, 5, 16, generator=g)
+    size = {"resolution": torch.tensor([[64.0, 96.0]]), "aspect_ratio": torch.tensor([[0.67]])}
+    if not micro:
+        size = {"resolution": None, "aspect_ratio": None}
+    with torch.no_grad():
+        out = theirs(x, encoder_hidden_states=y, timestep=torch.tensor([500.0]), added_cond_kwargs=size).sample
+    assert torch.allclose(out, picture(model), atol=1e-5)
+
+
+def test_what_diffusers_cannot_build_is_not_saved_for_it(tmp_path, tiny, make_model):
+    params = tiny(kv_compress=CONV, qk_norm=True)
+    with pytest.raises(ValueError, match="no KV compression and no QK normalisation.*native"):
+        save_diffusers(make_model(params), params, tmp_path / "m", "sigma", "a test")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_that_is_not_the_parameters_is_not_saved(tmp_path, tiny, make_model):
+    state = make_model(tiny()).state_dict()
+    with pytest.raises(ValueError, match=r"Incomplete.*blocks\.2"):
+        save_native(state, tiny(depth=3), tmp_path / "m.safetensors", "sigma", "a test")
+    del state["y_embedder.y_embedding"]
+    with pytest.raises(ValueError, match="null caption"):
+        save_native(state, tiny(), tmp_path / "m.safetensors", "sigma", "a test")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float8_e4m3fn])
+def test_stored_dtypes_are_kept_and_positions_stay_in_float32(tmp_path, tiny, make_model, dtype):
+    save_native(make_model(tiny()), tiny(), tmp_path / "m.safetensors", "sigma", "a test", dtype=dtype)
+    assert load_file(tmp_path / "m.safetensors")["pos_embed"].dtype == torch.float32
+    model, _ = load_transformer(tmp_path / "m.safetensors")
+    assert {tensor.dtype for tensor in model.state_dict().values()} == {dtype} and model.dtype == dtype
+    model, _ = load_transformer(tmp_path / "m.safetensors", dtype=torch.float32)
+    assert {tensor.dtype for tensor in model.state_dict().values()} == {torch.float32}
+
+
+def test_our_native_file_is_what_the_original_would_have_saved(tmp_path, tiny, original):
+    params = tiny(pe_interpolation=2.0)
+    save_native(original(params), params, tmp_path / "m.safetensors", "sigma", "a test")
+    assert same(load_file(tmp_path / "m.safetensors"), original(params))
+    assert detect(load_file(tmp_path / "m.safetensors"), config={"num_heads": 2}).params == params
+
+
+def test_an_original_pth_is_loaded_with_and_without_ema(tmp_path, tiny, original):
+    torch.save({"state_dict": original(tiny()), "state_dict_ema": original(tiny(), 1)}, tmp_path / "m.pth")
+    for ema in (False, True):
+        model, _ = load_transformer(tmp_path / "m.pth", ema=ema, config={"num_heads": 2})
+        expected = original(tiny(), int(ema))
+        del expected["pos_embed"]
+        assert same(model.state_dict(), expected)
+
+
+def test_a_missing_null_caption_is_filled_always_alike_and_said(tiny, original):
+    state = to_diffusers(original(tiny()))
+    choice = {"family": "sigma", "base_size": 512, "config": {"num_heads": 2}}
+    (first, found), (second, _) = load_transformer(state, **choice), load_transformer(state, **choice)
+    rows = first.y_embedder.y_embedding
+    assert rows.shape == (300, 16) and rows.isfinite().all() and torch.equal(rows, second.y_embedder.y_embedding)
+    assert any("null caption" in note for note in found.notes)
+
+
+def test_a_loaded_model_can_be_trained_and_leaves_its_file_alone(tmp_path, tiny, make_model, picture):
+    save_native(make_model(tiny()), tiny(), tmp_path / "m.safetensors", "sigma", "a test")
+    before = (tmp_path / "m.safetensors").read_bytes()
+    model, _ = load_transformer(tmp_path / "m.safetensors")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    x, y = torch.ones(1, 4, 4, 4), torch.ones(1, 3, 16)
+    model(x, torch.tensor([5.0]), y, learned_variance=True).square().mean().backward()
+    optimizer.step()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    assert (tmp_path / "m.safetensors").read_bytes() == before
+
+
+def test_unused_compression_weights_are_dropped_with_a_note(tiny, original):
+    state = original(tiny(kv_compress=CONV))
+    model, found = load_transformer(state, config={"num_heads": 2, "kv_compress": None})
+    assert model.params.kv_compress is None and any("attn.norm" in note for note in found.notes)
+
+
+def test_errors_name_the_file(tmp_path, tiny, original):
+    state = original(tiny())
+    del state["blocks.1.mlp.fc2.bias"]
+    save_file(state, tmp_path / "half.safetensors")
+    with pytest.raises(ValueError, match=r"half\.safetensors: Incomplete.*blocks\.1\.mlp\.fc2\.bias"):
+        load_transformer(tmp_path / "half.safetensors", config={"num_heads": 2})
+    save_file({"lora_unet_down_blocks_0.lora_down.weight": torch.zeros(1)}, tmp_path / "lora.safetensors")
+    with pytest.raises(ValueError, match=r"lora\.safetensors: This is not.*Stable Diffusion LoRA"):
+        load_transformer(tmp_path / "lora.safetensors")
+
+
+def test_the_published_name_of_a_folder_tells_family_and_size(tmp_path, tiny, original):
+    folder = tmp_path / "PixArt-Sigma-XL-2-512-MS" / "transformer"
+    folder.mkdir(parents=True)
+    save_file(to_diffusers(original(tiny())), folder / "diffusion_pytorch_model.safetensors")
+    (folder / "config.json").write_text('{"num_attention_heads": 2, "attention_head_dim": 12, "sample_size": 64}')
+    _, found = load_weights(folder)
+    assert found.params == tiny() and found.family == "sigma" and any("By its name" in note for note in found.notes)
+
+
+def test_a_config_of_another_model_beside_a_file_is_ignored_with_a_note(tmp_path, tiny, make_model):
+    save_native(make_model(tiny()), tiny(), tmp_path / "m.safetensors", "sigma", "a test")
+    config = {"num_attention_heads": 16, "attention_head_dim": 72, "num_layers": 28, "sample_size": 128}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    _, found = load_transformer(tmp_path / "m.safetensors")
+    assert found.params == tiny() and any("of another model (depth 28" in note for note in found.notes)
