@@ -13,6 +13,7 @@ from tools.comfy_server import ComfyServer, copy_pack, has_accelerator
 from tools.progress import Progress
 
 ROOT = Path(__file__).resolve().parent.parent
+PACK_FOLDER = "PixArt-Nodes-main"
 SERVER_TROUBLE = ("IMPORT FAILED", "Error while calling comfy_entrypoint", "Unable to parse pyproject",
                   "Failed to load")
 
@@ -34,6 +35,7 @@ class RunningComfy(ComfyClient):
         self.server = server
         self.base, self.models, self.output = server.base, server.base / "models", server.base / "output"
         self.log = server.log
+        self.pack_folder = PACK_FOLDER
 
     def queue(self, graph, **options):
         """Run an API-form graph; its history entry. See ComfyClient.run."""
@@ -56,9 +58,12 @@ def comfyui_path():
 
 @pytest.fixture(scope="session")
 def comfy_server(comfyui_path, tmp_path_factory):
-    """A server on an empty base directory, with the pack as the registry ships it, in a folder with a space."""
+    """A server on an empty base directory with a space in its path, and in it the pack as the registry ships it.
+
+    The pack's own folder has a name that somebody may have given it, but no space: ComfyUI serves no web files then.
+    """
     base = tmp_path_factory.mktemp("comfy base")
-    copy_pack(ROOT, base / "custom_nodes" / "PixArt Nodes")
+    copy_pack(ROOT, base / "custom_nodes" / PACK_FOLDER)
     options = ["--disable-api-nodes", *([] if has_accelerator(sys.executable) else ["--cpu"])]
     with ComfyServer(sys.executable, comfyui_path, base, base / "server.log", options=options) as server:
         running = RunningComfy(server)

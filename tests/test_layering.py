@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "pixart_nodes"
 
-COMFYUI = {"comfy", "comfy_api", "folder_paths", "server"}
+COMFYUI = {"comfy", "comfy_api", "comfy_execution", "folder_paths", "server"}
 
 # The standard library is always allowed. A dotted name allows that module only.
 ALLOWED = {

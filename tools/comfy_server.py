@@ -72,6 +72,9 @@ class ComfyServer:
         """Start ComfyUI and return when it answers. Raises Failure with the end of its log when it does not."""
         for folder in ("custom_nodes", "models", "input", "output", "user"):
             (self.base / folder).mkdir(parents=True, exist_ok=True)
+        example = self.comfyui / "input" / "example.png"  # what Load Image shows in a fresh ComfyUI
+        if example.is_file() and not (self.base / "input" / example.name).exists():
+            shutil.copy(example, self.base / "input")
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
         command = [str(self.python), "-u", str(self.comfyui / "main.py"), "--base-directory", str(self.base),
                    "--port", str(self.port), "--disable-auto-launch", "--database-url", "sqlite:///:memory:",
@@ -133,7 +136,7 @@ class ComfyServer:
 def copy_pack(repository, folder):
     """Copy what the registry archive would hold (everything that .comfyignore does not name) to `folder`."""
     lines = (repository / ".comfyignore").read_text(encoding="utf-8").split()
-    left_out = {line.rstrip("/") for line in lines} | {".git", ".standalone"}
+    left_out = {line.strip("/") for line in lines} | {".git", ".standalone"}
 
     def skip(directory, names):
         top = Path(directory) == repository

@@ -15,7 +15,12 @@ from .progress import Progress
 
 def render(url, workflow_path, output, progress):
     """Queue the workflow, show its progress, and return the paths of the images under `output`."""
-    workflow = json.loads(workflow_path.read_text(encoding="utf-8"))
+    try:
+        workflow = json.loads(workflow_path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ComfyError(f"it is no JSON file ({error})") from error
+    if not isinstance(workflow, dict) or "nodes" not in workflow:
+        raise ComfyError("it is not in the format in which ComfyUI's front end saves workflows")
     client = ComfyClient(url)
     graph = client.to_api(workflow)
 
@@ -35,7 +40,7 @@ def main(words):
     progress = Progress()
     try:
         paths = render(url, Path(workflow), Path(output), progress)
-    except ComfyError as error:
+    except (ComfyError, OSError) as error:            # OSError: the server is gone
         print(f"Rendering {Path(workflow).name} failed: {error}.", file=sys.stderr)
         return 1
     for path in paths:

@@ -17,7 +17,7 @@ from . import browser, comfy_source
 from .comfy_server import ComfyServer, check_port, has_accelerator, link_pack
 from .lockfile import only_one
 from .private_env import CONSTRAINTS, REQUIREMENTS, PrivateEnv, check_python
-from .progress import Failure, Progress
+from .progress import Failure, Progress, tail
 
 ROOT = Path(__file__).resolve().parent.parent
 PRIVATE = ROOT / ".standalone"
@@ -65,11 +65,17 @@ def server(progress, python, source, port=None, options=()):
 
 def demo(options, progress):
     """Render the bundled workflow."""
+    if not options.workflow.is_file():
+        raise Failure(f"There is no workflow {options.workflow}.")
+    workflow = options.workflow.resolve()
     python, source = prepare(progress)
     with server(progress, python, source, options=["--disable-api-nodes"]) as comfy:
-        command = [str(python), "-m", "tools.render_workflow", comfy.url, str(options.workflow.resolve()),
-                   str(comfy.base / "output")]
-        return subprocess.call(command, cwd=ROOT)
+        command = [str(python), "-m", "tools.render_workflow", comfy.url, str(workflow), str(comfy.base / "output")]
+        code = subprocess.call(command, cwd=ROOT)
+        if comfy.process.poll() is not None:
+            raise Failure(f"ComfyUI ended while it rendered; the end of its log {comfy.log_path}:\n"
+                          f"{tail(comfy.log_path)}")
+        return code
 
 
 def serve(options, progress):

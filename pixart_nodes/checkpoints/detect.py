@@ -49,7 +49,7 @@ def detect(
     """
     _check_choice(family, base_size)
     prefix, layout = find_transformer(state_dict)
-    native = to_native({name: torch.empty_like(tensor, device="meta") for name, tensor in state_dict.items()})
+    native = native_shapes(state_dict)
     measured = measure(native, layout)
     positions, notes = measure_positions(state_dict.get(prefix + POS_EMBED), Y_EMBEDDING in native)
     own, declared = from_metadata(metadata), from_config(config)
@@ -86,6 +86,11 @@ def find_transformer(state_dict: Mapping[str, Tensor]) -> tuple[str, str]:
         what = foreign or f"a file with tensors named {shortened(state_dict)}"
         raise ValueError(f"This is not a PixArt transformer but {what}.")
     return found
+
+
+def native_shapes(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict under native names on the meta device, so that joining q, k and v costs nothing."""
+    return to_native({name: torch.empty_like(tensor, device="meta") for name, tensor in state_dict.items()})
 
 
 def contradictions(declared: Mapping, measured: Mapping) -> str:

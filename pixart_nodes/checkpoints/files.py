@@ -26,9 +26,9 @@ logger = logging.getLogger(__name__)
 
 # https://github.com/huggingface/safetensors: 8 bytes of header length, JSON header, tensors.
 _DTYPES = {
-    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32,
-    "I64": torch.int64, "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "BOOL": "bool", "U8": "uint8", "I8": "int8", "U16": "uint16", "I16": "int16", "U32": "uint32", "I32": "int32",
+    "U64": "uint64", "I64": "int64", "F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64",
+    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu",
 }  # fmt: skip
 _MAX_HEADER = 100_000_000
 _WEIGHTS = ("state_dict", "model", "module")  # entries of training checkpoints: the original's, DiT's, DeepSpeed's
@@ -71,7 +71,7 @@ def read_header(path) -> Header:
             metadata = header.pop("__metadata__", {})
             end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
             tensors = {
-                name: torch.empty(entry["shape"], dtype=_DTYPES[entry["dtype"]], device="meta")
+                name: torch.empty(entry["shape"], dtype=getattr(torch, _DTYPES[entry["dtype"]]), device="meta")
                 for name, entry in header.items()
             }
         except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
@@ -131,16 +131,16 @@ def _check_kind(path: Path, allowed) -> str:
 def _kind(head: bytes) -> str:
     if not head:
         return "empty"
+    if head[8:9] == b"{" and b"\0" in head[:8]:  # first: a header's length may look like the start of anything
+        return "safetensors"
     if head.startswith(b"version https://git-lfs"):
         return "lfs"
     if head.lstrip()[:1] == b"<":
         return "html"
     if head.startswith(b"PK\x03\x04"):
         return "zip"
-    if head[:1] == b"\x80" and head[1:2] in b"\x02\x03\x04\x05":
+    if head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
         return "pickle"
-    if head[8:9] == b"{":
-        return "safetensors"
     return "unknown"
 
 

@@ -11,8 +11,8 @@ from ..model.attention import sdpa
 from ..model.params import PixArtParams
 from ..model.transformer import PixArtTransformer
 from . import files
-from .configs import from_config, from_name
-from .detect import Detection, contradictions, detect, find_transformer, idle_tensors
+from .configs import from_config, from_metadata, from_name
+from .detect import Detection, contradictions, detect, find_transformer, idle_tensors, native_shapes
 from .keys import POS_EMBED, Y_EMBEDDING, to_native
 from .measure import measure
 
@@ -87,11 +87,11 @@ def _main_dtype(native: Mapping[str, Tensor]) -> torch.dtype:
 def _config_of(path: Path, loaded: files.Loaded, notes: list[str]) -> dict:
     """The config.json found with the file, if it can be of the same model, over what a published name says."""
     config, name = loaded.config, from_name(str(path.absolute()))
+    _, layout = find_transformer(loaded.tensors)
     if config and not path.is_dir():
-        _, layout = find_transformer(loaded.tensors)
-        if wrong := contradictions(from_config(config), measure(to_native(loaded.tensors), layout)):
+        if wrong := contradictions(from_config(config), measure(native_shapes(loaded.tensors), layout)):
             notes.append(f"The config.json beside the file is of another model ({wrong}): ignored.")
             config = {}
-    if name:
+    if name and layout == "diffusers" and not from_metadata(loaded.metadata):
         notes.append(f"By its name this is PixArt-{name['family']} at {name['image_size']} px.")
     return {**name, **config}

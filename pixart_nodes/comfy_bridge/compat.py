@@ -1,10 +1,12 @@
 """Differences between ComfyUI 0.3.75 and 0.33, found by looking at signatures, never at version numbers."""
 
 import inspect
+import sys
 
 import comfy.model_management
 import comfy.model_patcher
 from comfy_api.latest import io
+from comfy_execution.utils import get_executing_context
 
 # Presentation that ComfyUI learned after 0.3.75. Nothing breaks without it, so older versions go without.
 NEWER_KEYWORDS = {"search_aliases", "essentials_category", "has_intermediate_output", "advanced"}
@@ -38,14 +40,19 @@ def check_interrupt():
 
 def prompt_server():
     """The running server, or None where ComfyUI runs without one."""
-    from server import PromptServer  # imports aiohttp and the whole web app: only when it is needed
+    module = sys.modules.get("server")  # there wherever one runs; importing it can fail where none does
+    return getattr(getattr(module, "PromptServer", None), "instance", None)
 
-    return getattr(PromptServer, "instance", None)
+
+def executing_node() -> str | None:
+    """The id of the node that is being executed, None outside of a prompt."""
+    context = get_executing_context()
+    return context.node_id if context else None
 
 
 def show_text(node_id, text: str):
     """Writes `text` under a node in the browser, where there is one."""
-    if node_id and prompt_server() is not None:
+    if node_id and text and prompt_server() is not None:
         prompt_server().send_progress_text(text, node_id)
 
 

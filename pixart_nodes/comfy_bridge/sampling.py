@@ -43,6 +43,15 @@ class PixArtModelSampling(comfy.model_sampling.ModelSamplingDiscrete, comfy.mode
         return t.clamp(0, len(falling) - 1).view(sigma.shape).to(sigma.device)
 
 
+def schedule_of(model):
+    """The noise schedule of a MODEL. Raises ValueError for models of another kind than PixArt's."""
+    schedule = model.get_model_object("model_sampling")
+    if not isinstance(schedule, comfy.model_sampling.ModelSamplingDiscrete):
+        kind = type(model.model).__name__
+        raise ValueError(f"PixArt Sampling got a {kind} model, which has no timesteps 0..999. Connect a PixArt model.")
+    return schedule
+
+
 def original_sigmas(model_sampling, steps: int, denoise: float = 1.0, to_zero: bool = True) -> Tensor:
     """Noise levels on the original's grid, equal steps of time from 999 to 0: float32 (steps + 1,).
 

@@ -1,14 +1,10 @@
 """PixArt Load Model."""
 
-import logging
-
 from comfy_api.latest import io, ui
 
-from ..comfy_bridge.compat import build
+from ..comfy_bridge.compat import build, executing_node, show_text
 from ..comfy_bridge.model import WEIGHT_DTYPES, WEIGHTS, load_pixart
 from ..comfy_bridge.model_files import model_names, model_path
-
-log = logging.getLogger(__name__)
 
 
 class PixArtLoadModel(io.ComfyNode):
@@ -72,10 +68,9 @@ class PixArtLoadModel(io.ComfyNode):
             weight_dtype=weight_dtype,
             weights=weights,
         )
-        notes = model.model.detection.notes
-        for note in notes:
-            log.info("%s: %s", model_name, note)
-        return io.NodeOutput(model, ui=ui.PreviewText("\n".join(notes)) if notes else None)
+        notes = "\n".join(model.model.detection.notes)
+        show_text(executing_node(), notes)
+        return io.NodeOutput(model, ui=ui.PreviewText(notes) if notes else None)
 
 
 NODES = [PixArtLoadModel]

@@ -3,7 +3,7 @@
 from comfy_api.latest import io
 
 from ..comfy_bridge.compat import build
-from ..comfy_bridge.sampling import PRESETS, original_sampler, original_sigmas
+from ..comfy_bridge.sampling import PRESETS, original_sampler, original_sigmas, schedule_of
 
 FINAL_SIGMAS = ("zero", "original (0.01)")
 
@@ -52,9 +52,9 @@ class PixArtSampling(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, preset, steps, denoise, final_sigma) -> io.NodeOutput:
-        model_sampling = model.get_model_object("model_sampling")
-        sigmas = original_sigmas(model_sampling, steps, denoise, to_zero=final_sigma == "zero")
-        return io.NodeOutput(original_sampler(preset, model_sampling), sigmas)
+        schedule = schedule_of(model)
+        sigmas = original_sigmas(schedule, steps, denoise, to_zero=final_sigma == "zero")
+        return io.NodeOutput(original_sampler(preset, schedule), sigmas)
 
 
 NODES = [PixArtSampling]

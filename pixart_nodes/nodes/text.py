@@ -4,7 +4,7 @@ import folder_paths
 from comfy_api.latest import io, ui
 
 from ..comfy_bridge import conditioning, text_encoder
-from ..comfy_bridge.compat import build, show_text
+from ..comfy_bridge.compat import build, executing_node, show_text
 from ..text import t5_files
 
 PIPELINE_FOLDERS = ("diffusion_models", "checkpoints", "diffusers")  # where whole diffusers pipelines are put
@@ -75,7 +75,6 @@ class PixArtTextEncode(io.ComfyNode):
             description="Encodes a prompt the way PixArt was trained: cleaned for alpha, cut to 120 or 300 tokens. "
             "The node shows how many tokens there were and what was cut off.",
             search_aliases=["prompt", "negative prompt", "clip text encode", "null caption"],
-            hidden=[io.Hidden.unique_id],
             inputs=text_encode_inputs(),
             outputs=[io.Conditioning.Output(display_name="CONDITIONING", tooltip="For a sampler or guider.")],
         )
@@ -93,7 +92,7 @@ class PixArtTextEncode(io.ComfyNode):
             entries, notice = conditioning.encode_prompt(
                 clip, text, family, clean=clean, one_prompt_per_line=one_prompt_per_line, **common
             )
-        show_text(getattr(cls.hidden, "unique_id", None), notice)
+        show_text(executing_node(), notice)
         return io.NodeOutput(entries, ui=ui.PreviewText(notice))
 
 

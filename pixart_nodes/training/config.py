@@ -2,13 +2,16 @@
 
 from dataclasses import dataclass
 
+OPTIMIZERS = ("adamw", "muon")
+
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """One stage of training. Steps count optimizer updates; learning rates are AdamW's."""
+    """One stage of training. Steps count optimizer updates; learning rates are AdamW's, for Muon too."""
 
     steps: int
     batch_size: int
+    optimizer: str = "adamw"
     learning_rate: float = 1e-3
     final_learning_rate: float = 1e-4  # reached by a cosine at the last step
     warmup_steps: int = 100
@@ -27,6 +30,8 @@ class TrainConfig:
         for name in ("steps", "batch_size", "save_every", "log_every"):
             if getattr(self, name) < 1:
                 problems.append(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        if self.optimizer not in OPTIMIZERS:
+            problems.append(f"optimizer {self.optimizer!r} is not one of {', '.join(OPTIMIZERS)}.")
         for name in ("caption_dropout", "ema_decay"):
             if not 0 <= getattr(self, name) < 1:
                 problems.append(f"{name} is {getattr(self, name)}; it must lie in 0..1, 1 excluded.")

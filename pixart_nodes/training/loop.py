@@ -18,6 +18,7 @@ from ..diffusion.schedule import NUM_TIMESTEPS
 from . import checkpointing, events
 from .config import TrainConfig
 from .ema import EMA
+from .optimizers import make_optimizer
 
 
 class Batch(NamedTuple):
@@ -71,9 +72,7 @@ def train(config: TrainConfig, model, make_batch: Callable[[int, int], Batch], r
         raise ValueError("This training cannot start: " + " ".join(problems))
     run.mkdir(parents=True, exist_ok=True)
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, betas=(0.9, 0.99)
-    )
+    optimizer = make_optimizer(config.optimizer, model, config.learning_rate, config.weight_decay)
     ema = EMA(model.to(accelerator.device), config.ema_decay)
     first = resume(run / "checkpoint.pt", model, optimizer, ema)
     null_caption = model.y_embedder.y_embedding

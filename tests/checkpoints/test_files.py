@@ -1,7 +1,6 @@
 import json
 import os
 import pickle
-import resource
 import struct
 
 import pytest
@@ -43,6 +42,16 @@ def test_a_header_is_read_without_the_tensors(safe):
 def test_safetensors_are_loaded_with_their_metadata(safe):
     loaded = files.load(safe)
     assert same(loaded.tensors, WEIGHTS) and loaded.metadata["who"] == "me" and loaded.config == {}
+
+
+@pytest.mark.parametrize("length", [0x280, 0x3C20, 0x20, 0x50])
+def test_a_header_whose_length_looks_like_another_format_is_read(tmp_path, length):
+    header = json.dumps({"a": {"dtype": "F32", "shape": [], "data_offsets": [0, 4]}}, separators=(",", ":"))
+    if len(header) > length:
+        header = "{}"
+    content = struct.pack("<Q", length) + header.ljust(length).encode() + struct.pack("<f", 2.0) * (header != "{}")
+    path = write(tmp_path / "model.safetensors", content)
+    assert set(files.read_header(path).tensors) == ({"a"} if header != "{}" else set())
 
 
 def test_a_safetensors_file_with_a_wrong_extension_is_loaded(safe):
@@ -277,6 +286,7 @@ def test_a_full_disk_leaves_the_old_file_and_no_rubbish(tmp_path, existing):
     path = tmp_path / "model.safetensors"
     if existing:
         files.save_atomic(WEIGHTS, path)
+    resource = pytest.importorskip("resource")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))  # from here on, writing fails as on a full disk
     try:

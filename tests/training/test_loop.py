@@ -1,11 +1,14 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
 from pixart_nodes.model import PixArtParams, PixArtTransformer
 from pixart_nodes.training import checkpointing, events
-from pixart_nodes.training.config import TrainConfig
+from pixart_nodes.training.config import OPTIMIZERS, TrainConfig
 from pixart_nodes.training.initialise import initialise
 from pixart_nodes.training.loop import Batch, drop_captions, learning_rate_factor, train
+from pixart_nodes.training.optimizers import orthogonalise
 
 PARAMS = PixArtParams(
     depth=2, hidden_size=32, num_heads=2, in_channels=4, patch_size=2, mlp_ratio=2.0, caption_channels=16,
@@ -33,9 +36,11 @@ class Killed(Exception):
     pass
 
 
-def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(tmp_path):
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(tmp_path, optimizer):
+    config = replace(CONFIG, optimizer=optimizer)
     whole = make_model()
-    ema = train(CONFIG, whole, make_batch, tmp_path / "whole")
+    ema = train(config, whole, make_batch, tmp_path / "whole")
 
     def killed_after_four(step, rank):
         if step == 4:
@@ -43,9 +48,9 @@ def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(tmp_path):
         return make_batch(step, rank)
 
     with pytest.raises(Killed):
-        train(CONFIG, make_model(), killed_after_four, tmp_path / "resumed")
+        train(config, make_model(), killed_after_four, tmp_path / "resumed")
     resumed = make_model()
-    resumed_ema = train(CONFIG, resumed, make_batch, tmp_path / "resumed")
+    resumed_ema = train(config, resumed, make_batch, tmp_path / "resumed")
     for name, weight in whole.state_dict().items():
         assert torch.equal(weight, resumed.state_dict()[name]), name
     for name, weight in ema.weights.items():
@@ -108,3 +113,9 @@ def test_a_torn_last_line_of_the_diary_is_ignored(tmp_path):
     with path.open("a") as file:
         file.write('{"step": 2, "ms')
     assert events.read(path) == [{"step": 1}]
+
+
+@pytest.mark.parametrize("shape", [(12, 30), (30, 12)])
+def test_muon_turns_a_gradient_into_one_whose_singular_values_are_about_one(shape):
+    values = torch.linalg.svdvals(orthogonalise(torch.randn(shape, generator=torch.Generator().manual_seed(0))))
+    assert values.min() > 0.5 and values.max() < 1.3

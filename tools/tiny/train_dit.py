@@ -43,9 +43,9 @@ class Stage:
 STAGES = (
     Stage("pixel", TrainConfig(steps=300, batch_size=64, learning_rate=1e-3, final_learning_rate=1e-3, compile=True),
           sizes=((128, 128),), class_captions=True),
-    Stage("alignment", TrainConfig(steps=3800, batch_size=64, learning_rate=1e-3, final_learning_rate=1e-4, compile=True,
-                                   warmup_steps=50), sizes=((128, 128),)),
-    Stage("aesthetics", TrainConfig(steps=450, batch_size=32, learning_rate=3e-4, final_learning_rate=3e-5, compile=True,
+    Stage("alignment", TrainConfig(steps=2800, batch_size=64, learning_rate=1e-3, final_learning_rate=1e-4, compile=True,
+                                   warmup_steps=30, optimizer="muon"), sizes=((128, 128),)),
+    Stage("aesthetics", TrainConfig(steps=320, batch_size=32, learning_rate=3e-4, final_learning_rate=3e-5, compile=True,
                                     warmup_steps=30), sizes=((192, 192), (224, 160), (160, 224)), tidy=True),
 )  # fmt: skip
 

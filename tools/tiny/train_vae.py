@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch.nn.functional import l1_loss, mse_loss
 
 from . import vae
@@ -29,12 +29,16 @@ def crops(rng: np.random.Generator, count: int) -> torch.Tensor:
 
 
 def train(path: Path, *, steps: int, batch: int = 8, seed: int = 0, report=print) -> None:
-    """Write the whole autoencoder to `path` when done (and every 250 steps, so that a stop loses little)."""
+    """Write the whole autoencoder to `path` when done and every 250 steps; a file that is there is trained further."""
     torch.manual_seed(seed)
-    rng = np.random.default_rng(seed + 2)
     encoder, decoder = vae.make_encoder(), vae.make_decoder()
     vae.set_encoder(encoder)
     vae.prepare_decoder(decoder)
+    if path.exists():
+        seed += 1  # other crops than last time
+        prefix = "taesd_decoder."
+        decoder.load_state_dict({k.removeprefix(prefix): v for k, v in load_file(path).items() if k.startswith(prefix)})
+    rng = np.random.default_rng(seed + 2)
     decoder = decoder.to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(decoder.parameters(), lr=1e-3, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=steps, pct_start=0.05)
