@@ -1,17 +1,16 @@
 """A PixArt checkpoint as a ComfyUI MODEL: the network with ComfyUI's hooks, its BaseModel, and the loader."""
 
-import logging
 import os
 
 import comfy.conds
 import comfy.ldm.modules.attention as comfy_attention
 import comfy.model_base
 import comfy.model_management as mm
-import comfy.patcher_extension
 import comfy.supported_models
 import comfy.utils
 import torch
 from comfy.cli_args import args
+from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrappers
 
 from ..checkpoints import load_weights
 from ..model.params import PixArtParams
@@ -19,8 +18,6 @@ from ..model.transformer import PixArtTransformer
 from . import compat
 from .conds import CONDCaption, CONDCaptionMask, caption_and_mask
 from .sampling import PixArtModelSampling
-
-log = logging.getLogger(__name__)
 
 CONFIGS = {"alpha": comfy.supported_models.PixArtAlpha, "sigma": comfy.supported_models.PixArtSigma}
 WEIGHT_DTYPES = {
@@ -37,7 +34,7 @@ WEIGHTS = {"ema if present": None, "model": False, "ema": True}
 LIVE_TENSORS = 14
 
 
-def attention(q, k, v, heads, mask=None, transformer_options={}):
+def attention(q, k, v, heads, mask, transformer_options):
     """ComfyUI's attention of choice on (B, N, C) tensors; mask boolean, True = attend.
 
     PyTorch's own takes the masked calls, because not every backend knows masks, and the calls on a CPU where ComfyUI
@@ -53,7 +50,7 @@ def attention(q, k, v, heads, mask=None, transformer_options={}):
 def patched(name):
     """`attention` followed by the model patches registered under `name`."""
 
-    def attend(q, k, v, heads, mask=None, transformer_options={}):
+    def attend(q, k, v, heads, mask=None, *, transformer_options):
         if not torch.compiler.is_compiling():
             compat.check_interrupt()
         out = attention(q, k, v, heads, mask, transformer_options)
@@ -87,14 +84,13 @@ class ComfyPixArtTransformer(PixArtTransformer):
                     module.weight.data = module.weight.data.to(dtype)
 
     def forward(
-        self, x, timesteps, context, context_mask=None, c_size=None, c_ar=None, control=None, transformer_options={}
+        self, x, timesteps, context, context_mask=None, c_size=None, c_ar=None, control=None, transformer_options=None
     ):
         """x (B, 4, H, W), timesteps (B,), context (B, L, D), c_size (B, 2) pixels, c_ar (B, 1) -> noise like x."""
-        wrappers = comfy.patcher_extension.get_all_wrappers(
-            comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, transformer_options
-        )
-        executor = comfy.patcher_extension.WrapperExecutor.new_class_executor(super().forward, self, wrappers)
-        return executor.execute(x, timesteps, context, context_mask, c_size, c_ar, control, transformer_options)
+        options = transformer_options or {}
+        wrappers = get_all_wrappers(WrappersMP.DIFFUSION_MODEL, options)
+        executor = WrapperExecutor.new_class_executor(super().forward, self, wrappers)
+        return executor.execute(x, timesteps, context, context_mask, c_size, c_ar, control, options)
 
 
 class PixArtModel(comfy.model_base.PixArt):
@@ -136,7 +132,7 @@ class PixArtModel(comfy.model_base.PixArt):
                 "another model's text encoder."
             )
 
-    def memory_required(self, input_shape, cond_shapes={}):
+    def memory_required(self, input_shape, cond_shapes=None):
         """Bytes that one forward needs above the weights, for a latent of (B, 4, H, W)."""
         tokens = input_shape[2] * input_shape[3] / self.params.patch_size**2 + self.params.caption_tokens
         tensor = input_shape[0] * tokens * self.params.hidden_size * mm.dtype_size(self.inference_dtype())

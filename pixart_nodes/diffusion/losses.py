@@ -23,7 +23,7 @@ def approx_standard_normal_cdf(x: Tensor) -> Tensor:
 
 
 def discretized_gaussian_log_likelihood(x: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
-    """Log-likelihood of x, taken as 8-bit values in -1..1, under N(mean, exp(2 log_scale)); in nats (Ho et al. 2020)."""
+    """Log-likelihood of x, 8-bit values in -1..1, under N(mean, exp(2 log_scale)), in nats (Ho et al. 2020)."""
     centred, inverse_scale = x - mean, (-log_scale).exp()
     above = approx_standard_normal_cdf(inverse_scale * (centred + 1.0 / 255.0))
     below = approx_standard_normal_cdf(inverse_scale * (centred - 1.0 / 255.0))
@@ -61,7 +61,7 @@ class GaussianPosterior:
         return self.at("mean_x0", t, x) * x0 + self.at("mean_x", t, x) * x
 
     def learned_log_variance(self, interpolation: Tensor, t: Tensor) -> Tensor:
-        """The network's last channels v in about -1..1 choose between the two bounds (Nichol & Dhariwal 2021, eq. 15)."""
+        """The last channels, in about -1..1, choose between the two bounds (Nichol & Dhariwal 2021, eq. 15)."""
         f = (interpolation + 1) / 2
         return f * self.at("log_max", t, f) + (1 - f) * self.at("log_min", t, f)
 

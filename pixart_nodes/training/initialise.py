@@ -3,13 +3,16 @@
 import torch
 from torch import nn
 
+EMBEDDERS = ("t_embedder", "t_block", "csize_embedder", "ar_embedder", "y_embedder")
+
 
 @torch.no_grad()
-def initialise(model) -> None:
+def initialise(model, embedder_std: float | None = 0.02) -> None:
     """Fill every weight of a PixArtTransformer from torch's global generator.
 
-    Linear layers Xavier-uniform with zero bias; embedders N(0, 0.02); the cross-attention's and the last projection
-    start at zero; scale-shift tables and the null caption N(0, 1 / width).
+    Linear layers Xavier-uniform with zero bias; embedders N(0, embedder_std); the cross-attention's and the last
+    projection start at zero; scale-shift tables and the null caption N(0, 1 / width). The original's 0.02 fits
+    thousands of caption channels: for narrow models give None, which stands for 1 / sqrt(inputs) of each layer.
     """
     for module in model.modules():
         if isinstance(module, nn.Linear):
@@ -18,8 +21,8 @@ def initialise(model) -> None:
     nn.init.xavier_uniform_(model.x_embedder.proj.weight.flatten(1))
     nn.init.zeros_(model.x_embedder.proj.bias)
     for name, parameter in model.named_parameters():
-        if name.startswith(("t_embedder", "t_block", "csize_embedder", "ar_embedder", "y_embedder")) and "weight" in name:
-            nn.init.normal_(parameter, std=0.02)
+        if name.startswith(EMBEDDERS) and name.endswith("weight"):
+            nn.init.normal_(parameter, std=embedder_std or parameter.shape[1] ** -0.5)
         if name.endswith("scale_shift_table"):
             nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
     for block in model.blocks:

@@ -20,10 +20,11 @@ STYLE_WEIGHTS = (0.75, 0.2, 0.05)
 LEARNING_RATE = 1e-3
 CLUTTERED = 0.15
 CLUTTER = (
-    "a photo of", "photo", "an illustration of", "a minimalist poster of", "vector art,", "a painting of", "a sketch of",
-    "children's drawing:", "a simple icon set,", "beautiful", "high quality", "best quality, sharp", "4k", "clean design",
-    "digital art of", "a 3d render of", "please draw", "generate", "i want", "abstract", "geometric shapes", "paper cut",
-    "screen print:", "a logo with", "modern, bold colours", "detailed", "masterpiece", "a postcard showing", "clip art of",
+    "a photo of", "photo", "an illustration of", "a minimalist poster of", "vector art,", "a painting of",
+    "a sketch of", "children's drawing:", "a simple icon set,", "beautiful", "high quality", "best quality, sharp",
+    "4k", "clean design", "digital art of", "a 3d render of", "please draw", "generate", "i want", "abstract",
+    "geometric shapes", "paper cut", "screen print:", "a logo with", "modern, bold colours", "detailed",
+    "masterpiece", "a postcard showing", "clip art of",
 )  # fmt: skip
 
 
@@ -206,5 +207,5 @@ def train_encoder(tokenizer, *, steps: int, batch: int = 64, seed: int = 0, repo
         schedule.step()
         if step % 50 == 0 or step == steps - 1:
             read = round(objects_read(guesses, truth), 3)
-            report({"step": step, "loss": round(loss.item(), 3), "by_token": round(by_token.item(), 3), "objects_read": read})
+            report({"step": step, "loss": round(loss.item(), 3), "by_token": round(by_token.item(), 3), "read": read})
     return encoder.eval()

@@ -10,13 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, T5EncoderModel
 
 from pixart_nodes.model import PixArtParams, PixArtTransformer
 from pixart_nodes.training.config import TrainConfig
 from pixart_nodes.training.initialise import initialise
-from pixart_nodes.training.loop import Batch, train as train_stage
+from pixart_nodes.training.loop import Batch
+from pixart_nodes.training.loop import train as train_stage
 
 from . import text, vae
 from .captions import caption
@@ -40,13 +41,14 @@ class Stage:
     tidy: bool = False
 
 
+MUON = {"optimizer": "muon", "learning_rate": 1.5e-3, "warmup_steps": 30, "compile": True}
 STAGES = (
-    Stage("pixel", TrainConfig(steps=300, batch_size=64, learning_rate=1e-3, final_learning_rate=1e-3, compile=True),
-          sizes=((128, 128),), class_captions=True),
-    Stage("alignment", TrainConfig(steps=2800, batch_size=64, learning_rate=1e-3, final_learning_rate=1e-4, compile=True,
-                                   warmup_steps=30, optimizer="muon"), sizes=((128, 128),)),
-    Stage("aesthetics", TrainConfig(steps=320, batch_size=32, learning_rate=3e-4, final_learning_rate=3e-5, compile=True,
-                                    warmup_steps=30), sizes=((192, 192), (224, 160), (160, 224)), tidy=True),
+    Stage("pixel", TrainConfig(steps=200, batch_size=64, final_learning_rate=1.5e-3, **MUON), sizes=((128, 128),),
+          class_captions=True),
+    Stage("alignment", TrainConfig(steps=2400, batch_size=64, final_learning_rate=2e-4, **MUON), sizes=((128, 128),)),
+    Stage("aesthetics", TrainConfig(steps=200, batch_size=32, final_learning_rate=3e-5,
+                                    **{**MUON, "learning_rate": 2e-4}),
+          sizes=((192, 192), (224, 160), (160, 224)), tidy=True),
 )  # fmt: skip
 
 
@@ -93,7 +95,7 @@ def train(work: Path, *, seed: int = 0, report=print, minutes: float | None = No
     """Run the stages that are not done yet, each from the averaged weights of the one before."""
     torch.manual_seed(seed)
     model = PixArtTransformer(PARAMS)
-    initialise(model)
+    initialise(model, embedder_std=None)
     for stage in STAGES:
         run = work / f"dit-{stage.name}"
         done = run / "ema.safetensors"
@@ -104,6 +106,4 @@ def train(work: Path, *, seed: int = 0, report=print, minutes: float | None = No
             save_file(model.state_dict(), done)
             (run / "stage.json").write_text(json.dumps({"name": stage.name, "steps": stage.config.steps}))
         else:
-            from safetensors.torch import load_file
-
             model.load_state_dict(load_file(done))
