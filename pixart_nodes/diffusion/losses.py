@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from .schedule import alphas_cumprod, betas
+from .schedule import alphas_cumprod, betas, snr
 
 
 def mean_flat(x: Tensor) -> Tensor:
@@ -44,7 +44,7 @@ class GaussianPosterior:
             "x0_from_x": (1 / a).sqrt(), "x0_from_eps": (1 / a - 1).sqrt(),
             "mean_x0": b * a_prev.sqrt() / (1 - a), "mean_x": (1 - a_prev) * (1 - b).sqrt() / (1 - a),
             "log_min": torch.cat([variance[1:2], variance[1:]]).log(),  # variance[0] = 0: the original repeats [1]
-            "log_max": b.log(),
+            "log_max": b.log(), "snr": snr(a),
         }  # fmt: skip
         self.tables = {name: table.float().to(device) for name, table in tables.items()}
 
@@ -72,6 +72,11 @@ class GaussianPosterior:
         kl = normal_kl(self.mean(x0, x, t), self.at("log_min", t, x), mean, log_variance)
         nll = -discretized_gaussian_log_likelihood(x0, mean, 0.5 * log_variance)
         return torch.where(t == 0, mean_flat(nll), mean_flat(kl)) / math.log(2.0)
+
+
+def min_snr_weight(snr: Tensor, gamma: float) -> Tensor:
+    """Loss weight min(snr, gamma) / snr of a noise predictor, (B,) (Hang et al. 2023)."""
+    return snr.clamp(max=gamma) / snr
 
 
 def diffusion_loss(posterior: GaussianPosterior, output: Tensor, x0: Tensor, noise: Tensor, x: Tensor, t: Tensor):

@@ -18,6 +18,7 @@ class TrainConfig:
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
     ema_decay: float = 0.999
+    min_snr_gamma: float | None = None  # None: the original's unweighted noise MSE
     caption_dropout: float = 0.1  # PixArt's class_dropout_prob
     save_every: int = 200
     log_every: int = 20
@@ -30,6 +31,8 @@ class TrainConfig:
         for name in ("steps", "batch_size", "save_every", "log_every"):
             if getattr(self, name) < 1:
                 problems.append(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        if self.min_snr_gamma is not None and self.min_snr_gamma <= 0:
+            problems.append(f"min_snr_gamma is {self.min_snr_gamma}; it must be above 0, or None for no weighting.")
         if self.optimizer not in OPTIMIZERS:
             problems.append(f"optimizer {self.optimizer!r} is not one of {', '.join(OPTIMIZERS)}.")
         for name in ("caption_dropout", "ema_decay"):

@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from ..diffusion.losses import GaussianPosterior, diffusion_loss
+from ..diffusion.losses import GaussianPosterior, diffusion_loss, min_snr_weight
 from ..diffusion.schedule import NUM_TIMESTEPS
 from . import checkpointing, events
 from .config import TrainConfig
@@ -58,6 +58,8 @@ def training_loss(model, null_caption: Tensor, posterior: GaussianPosterior, bat
     context = drop_captions(batch, null_caption, config.caption_dropout, generator)
     output = model(x, t, context, batch.mask, learned_variance=True)
     mse, bound = diffusion_loss(posterior, output, batch.latent, noise, x, t)
+    if config.min_snr_gamma is not None:
+        mse = mse * min_snr_weight(posterior.tables["snr"][t], config.min_snr_gamma)
     return mse.mean(), bound.mean()
 
 

@@ -6,17 +6,18 @@ from torch import Tensor
 
 @torch.no_grad()
 def orthogonalise(gradient: Tensor, steps: int = 5) -> Tensor:
-    """The nearest semi-orthogonal matrix, roughly: singular values go to about 1 (Jordan et al. 2024, Muon).
+    """The nearest semi-orthogonal matrices, roughly: singular values go to about 1 (Jordan et al. 2024, Muon).
 
-    Newton-Schulz iteration with that text's quintic coefficients; (rows, cols) of any shape.
+    Newton-Schulz iteration with that text's quintic coefficients; gradient (count, rows, cols).
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    x = gradient if gradient.shape[0] <= gradient.shape[1] else gradient.T
-    x = x / (x.norm() + 1e-7)
+    wide = gradient.shape[1] <= gradient.shape[2]
+    x = gradient if wide else gradient.mT
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(steps):
-        square = x @ x.T
-        x = torch.addmm(x, torch.addmm(square, square, square, beta=b, alpha=c), x, beta=a)
-    return x if gradient.shape[0] <= gradient.shape[1] else x.T
+        square = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
+    return x if wide else x.mT
 
 
 class Muon(torch.optim.Optimizer):
@@ -27,29 +28,36 @@ class Muon(torch.optim.Optimizer):
     """
 
     def __init__(self, model, lr: float, weight_decay: float, momentum: float = 0.95, betas=(0.9, 0.99)):
-        matrices, others = [], []
+        matrices, others = {}, []  # matrices of one shape are orthogonalised together
         for name, parameter in model.named_parameters():
-            hidden = parameter.ndim == 2 and name.startswith("blocks.") and name.endswith("weight")
-            (matrices if hidden else others).append(parameter)
-        groups = [{"params": matrices, "matrices": True}, {"params": others, "matrices": False}]
+            if parameter.ndim == 2 and name.startswith("blocks.") and name.endswith("weight"):
+                matrices.setdefault(parameter.shape, []).append(parameter)
+            else:
+                others.append(parameter)
+        groups = [{"params": same_shape, "matrices": True} for same_shape in matrices.values()]
+        groups.append({"params": others, "matrices": False})
         super().__init__(groups, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "betas": betas})
 
     @torch.no_grad()
     def step(self, closure=None):
         for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                    direction = self.muon if group["matrices"] else self.adam
-                    parameter.add_(direction(parameter, group), alpha=-group["lr"])
+            parameters = [p for p in group["params"] if p.grad is not None]
+            if not parameters:
+                continue
+            if group["matrices"]:
+                updates = orthogonalise(torch.stack([self.nesterov(p, group) for p in parameters]))
+                updates = updates * (0.2 * max(updates.shape[1:]) ** 0.5)
+            else:
+                updates = [self.adam(p, group) for p in parameters]
+            for parameter, update in zip(parameters, updates, strict=True):
+                parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"])
 
-    def muon(self, parameter: Tensor, group: dict) -> Tensor:
+    def nesterov(self, parameter: Tensor, group: dict) -> Tensor:
         state = self.state[parameter]
         if not state:
             state["momentum"] = torch.zeros_like(parameter)
         state["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
-        nesterov = parameter.grad.lerp(state["momentum"], group["momentum"])
-        return orthogonalise(nesterov) * (0.2 * max(parameter.shape) ** 0.5)
+        return parameter.grad.lerp(state["momentum"], group["momentum"])
 
     def adam(self, parameter: Tensor, group: dict) -> Tensor:
         state = self.state[parameter]
