@@ -223,6 +223,7 @@ def test_an_environment_is_reused_extended_and_made_again_after_a_crash(tmp_path
     write_wheel(tmp_path / "wheels", "plain")
     write_wheel(tmp_path / "wheels", "other")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "wheels"))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
     wanted, pins = tmp_path / "wanted.txt", tmp_path / "pins.txt"
     wanted.write_text("plain\n")
     pins.write_text(f"plain=={VERSION}\nother=={VERSION}\n")

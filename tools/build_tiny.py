@@ -3,6 +3,7 @@
     python tools/build_tiny.py text  --work build/tiny     vocabulary and T5 encoder            (minutes)
     python tools/build_tiny.py vae   --work build/tiny     decoder of the autoencoder           (minutes)
     python tools/build_tiny.py dit   --work build/tiny     the transformer, in three stages     (hours; resumes)
+    python tools/build_tiny.py restore --work build/tiny   instead of the above: start from what is shipped
     python tools/build_tiny.py export --work build/tiny    half-precision files into pixart_nodes/assets/tiny
 
 Needs the pack's `train` extra. Two CPU cores are enough.
@@ -16,6 +17,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
+
+ASSETS = Path(__file__).resolve().parents[1] / "pixart_nodes" / "assets" / "tiny"
 
 
 def report(record: dict) -> None:
@@ -41,27 +44,35 @@ def build_vae(work: Path, args) -> None:
 def build_dit(work: Path, args) -> None:
     from tools.tiny import train_dit
 
-    train_dit.train(work, seed=args.seed, report=report, minutes=args.minutes)
+    train_dit.train(work, seed=args.seed, report=report)
+
+
+def restore(work: Path, args) -> None:
+    from tools.tiny import export
+
+    export.restore(work, ASSETS, report=report)
 
 
 def export(work: Path, args) -> None:
     from tools.tiny import export
 
-    export.export(work, Path(__file__).resolve().parents[1] / "pixart_nodes" / "assets" / "tiny", report=report)
+    export.export(work, ASSETS, report=report)
+
+
+STAGES = {"text": build_text, "vae": build_vae, "dit": build_dit, "restore": restore, "export": export}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=("text", "vae", "dit", "export"))
+    parser.add_argument("stage", choices=tuple(STAGES))
     parser.add_argument("--work", type=Path, required=True, help="folder for logs, checkpoints and results")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=None, help="overrides the stage's number of steps (text, vae)")
-    parser.add_argument("--minutes", type=float, default=None, help="dit: plan the three stages for this long a run")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(args.threads)
-    {"text": build_text, "vae": build_vae, "dit": build_dit, "export": export}[args.stage](args.work, args)
+    STAGES[args.stage](args.work, args)
 
 
 if __name__ == "__main__":

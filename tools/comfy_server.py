@@ -68,7 +68,7 @@ class ComfyServer:
         self.url = f"http://127.0.0.1:{self.port}"
         self.process = None
 
-    def start(self, timeout=300, waiting=lambda seconds: None):
+    def start(self, timeout=300):
         """Start ComfyUI and return when it answers. Raises Failure with the end of its log when it does not."""
         for folder in ("custom_nodes", "models", "input", "output", "user"):
             (self.base / folder).mkdir(parents=True, exist_ok=True)
@@ -93,7 +93,6 @@ class ComfyServer:
                 self.stop()
                 raise Failure(f"ComfyUI did not answer within {timeout} s; the end of its log {self.log_path}:\n"
                               f"{tail(self.log_path)}")
-            waiting(time.monotonic() - start)
             time.sleep(0.25)
         return self
 

@@ -1,4 +1,4 @@
-"""Draw the loss curve of a tiny-family build: its three stages after each other, noise error on a logarithmic axis.
+"""Draw the loss curve of a tiny-family build: its three stages one after the other, on a logarithmic axis.
 
     python tools/plot_training.py build/tiny docs/tiny_family_loss.png
 """
@@ -59,7 +59,7 @@ def draw(found: dict[str, list[tuple[int, float]]]) -> Image.Image:
         pen.line([place(*point) for point in line], fill=STAGES[stage], width=2)
         pen.text((place(*line[0])[0] + 4, HEIGHT - BOTTOM + 6), stage, fill=STAGES[stage], font=font)
     pen.text((WIDTH - RIGHT, HEIGHT - 20), f"{steps} updates", fill=INK, font=font, anchor="rm")
-    pen.text((LEFT, 14), "mean squared error of the predicted noise", fill=INK, font=font, anchor="lm")
+    pen.text((LEFT, 14), "error of the predicted noise, weighted as trained", fill=INK, font=font, anchor="lm")
     return sheet
 
 

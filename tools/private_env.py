@@ -124,7 +124,7 @@ class PrivateEnv:
                 code = subprocess.call([sys.executable, "-m", "venv", str(self.folder)], stdout=out, stderr=out)
             if code:
                 raise Failure(f"The virtual environment could not be made:\n{tail(log)}")
-            self._must(self._pip("pip", ["--upgrade", "pip", "-c", str(CONSTRAINTS)]))
+            self._must(self._pip("pip", ["--upgrade", "pip"]))
             write_atomic(self.folder / ".python.stamp", platform.python_version_tuple()[1])
 
     def _install_torch(self):
@@ -195,7 +195,7 @@ class PrivateEnv:
                 self.progress.update(f"fetching {package}")
             elif line.startswith("Installing collected packages"):
                 self.unfinished.touch()
-                self.progress.update(f"unpacking {line.count(',') + 1} packages", force=True)
+                self.progress.update(f"unpacking {line.count(',') + 1} packages")
 
 
 def _reason(log_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+import threading
 import time
 from contextlib import contextmanager
 
@@ -13,52 +14,62 @@ class Failure(Exception):
 
 
 class Progress:
-    """Prints steps. On a terminal the last line lives; in a log file it is repeated every `quiet` seconds."""
+    """Prints steps. On a terminal their last line lives; elsewhere it is repeated every `quiet` seconds."""
 
     def __init__(self, stream=None, quiet=20.0):
         self.stream = stream or sys.stdout
         self.live = self.stream.isatty()
         self.quiet = quiet
-        self.last = time.monotonic()
+        self.text = ""
+        self.lock = threading.Lock()
 
     def say(self, text):
         """A line that stays."""
-        self._clear()
-        print(text, file=self.stream, flush=True)
-        self.last = time.monotonic()
+        with self.lock:
+            self.stream.write(("\r\033[K" if self.live else "") + text + "\n")
+            self.stream.flush()
 
     @contextmanager
     def step(self, title):
-        """Announce `title`, and say how long it took when the block ends without an error."""
+        """Announce `title`, show until the block ends that it is alive, and say how long it took if it succeeds."""
         self.say(f"-- {title}")
-        start = time.monotonic()
-        yield self
+        self.text, start, ended = "", time.monotonic(), threading.Event()
+        ticker = threading.Thread(target=self._tick, args=(ended, start), daemon=True)
+        ticker.start()
+        try:
+            yield self
+        finally:
+            ended.set()
+            ticker.join()
         self.say(f"   done in {time.monotonic() - start:.0f} s")
 
-    def update(self, text, force=False):
-        """Replace the live line."""
-        now = time.monotonic()
-        if self.live:
-            width = shutil.get_terminal_size().columns - 1
-            self._clear()
-            self.stream.write(f"   {text}"[:width])
-            self.stream.flush()
-        elif force or now - self.last >= self.quiet:
-            print(f"   {text}", file=self.stream, flush=True)
-            self.last = now
+    def update(self, text):
+        """What the running step is doing now."""
+        self.text = text
+        self._show(text)
 
     def bar(self, label, value, total):
-        """A progress bar as the live line; the full bar stays."""
+        """A progress bar as what the running step is doing; the full bar stays."""
         filled = round(24 * value / total) if total else 0
         text = f"{label} [{'#' * filled}{'.' * (24 - filled)}] {value:g}/{total:g}"
-        self.update(text, force=value == total)
-        if self.live and value == total:
-            self.stream.write("\n")
-            self.stream.flush()
+        self.update(text)
+        if value == total:
+            self.say(f"   {text}")
 
-    def _clear(self):
+    def _tick(self, ended, start):
+        while not ended.wait(1.0 if self.live else self.quiet):
+            text = f"{self.text} ({time.monotonic() - start:.0f} s)".lstrip()
+            if self.live:
+                self._show(text)
+            else:
+                self.say(f"   {text}")
+
+    def _show(self, text):
         if self.live:
-            self.stream.write("\r\033[K")
+            with self.lock:
+                width = shutil.get_terminal_size().columns - 1
+                self.stream.write("\r\033[K" + f"   {text}"[:width])
+                self.stream.flush()
 
 
 def tail(path, lines=15):

@@ -56,7 +56,7 @@ def server(progress, python, source, port=None, options=()):
     comfy = ComfyServer(python, source.path, base, PRIVATE / "logs" / "comfyui.log", port=port, options=options)
     with progress.step(f"Starting ComfyUI at {comfy.url} (its log: {comfy.log_path})"):
         try:
-            comfy.start(waiting=lambda seconds: progress.update(f"{seconds:.0f} s"))
+            comfy.start()
         except BaseException:
             comfy.stop()
             raise

@@ -1,17 +1,37 @@
-"""Write the trained tiny family as the files that the pack ships: half precision, native names, metadata inside."""
+"""The trained tiny family as the files that the pack ships (half precision, native names, metadata), and back."""
 
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, T5EncoderModel
 
-from pixart_nodes.checkpoints import save_native
+from pixart_nodes.checkpoints import load_transformer, save_native
 from pixart_nodes.checkpoints.files import save_atomic
 
 from .train_dit import PARAMS, STAGES
 
 ORIGIN = "PixArt Nodes tiny family: trained from scratch on generated scenes (tools/build_tiny.py); GPL-3.0"
+
+
+def restore(work: Path, assets: Path, *, report=print) -> None:
+    """Fill `work` from the shipped files, so that the transformer's second stage goes on from them.
+
+    Raises FileExistsError when `work` already holds a run.
+    """
+    first, *_ = STAGES
+    done = work / f"dit-{first.name}" / "ema.safetensors"
+    if done.exists():
+        raise FileExistsError(f"{work} already holds a run: give an empty folder to start from the shipped files.")
+    done.parent.mkdir(parents=True)
+    model, detection = load_transformer(assets / "diffusion_models" / "pixart-tiny-alpha.safetensors")
+    save_file(model.float().state_dict(), done)
+    folder = assets / "text_encoders" / "pixart-tiny-t5"
+    T5EncoderModel.from_pretrained(folder).float().save_pretrained(work / "text")
+    AutoTokenizer.from_pretrained(folder).save_pretrained(work / "text")
+    vae = load_file(assets / "vae" / "pixart-tiny-vae.safetensors")
+    save_file({key: value.float() for key, value in vae.items()}, work / "vae.safetensors")
+    report({"stage": "restore", "params": str(detection.params)})
 
 
 def export(work: Path, assets: Path, *, report=print) -> None:

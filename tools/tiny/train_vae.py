@@ -8,20 +8,32 @@ from safetensors.torch import load_file, save_file
 from torch.nn.functional import l1_loss, mse_loss
 
 from . import vae
-from .scenes import render, sample_scene
+from .scenes import place, render, sample_scene
 
-CROP = 64  # px
+CROP = 48  # px; holds the largest object of a 128 px scene
+SIDES = (128, 128, 192, 256)  # px of the scenes; small objects are the hard ones
+AT_OBJECT = 0.8  # share of the crops with an object in the middle, more or less
 NOISE = 0.06  # deviation added to the latents: sampled latents are never exact
 
 
+def corner(rng: np.random.Generator, scene) -> tuple[int, int]:
+    """Where a crop starts, (left, top) in px on the 8 px lattice."""
+    centre = rng.integers(scene.width, size=2)
+    if rng.random() < AT_OBJECT:
+        item = scene.objects[rng.integers(len(scene.objects))]
+        centre = np.array(place(item, scene.width, scene.height)[:2]) + rng.uniform(-8, 8, 2)
+    left, top = (np.clip((centre - CROP / 2) / 8, 0, (scene.width - CROP) // 8).astype(int) * 8).tolist()
+    return left, top
+
+
 def crops(rng: np.random.Generator, count: int) -> torch.Tensor:
-    """Random crops on the 8 px lattice, mirrored at random and sometimes recoloured: (B, 3, 64, 64) in 0..1."""
+    """Crops of scenes, mirrored at random: (B, 3, 48, 48) in 0..1."""
     images = np.empty((count, CROP, CROP, 3), dtype=np.uint8)
     for row in range(count):
-        side = int(rng.choice((128, 192, 256)))
-        image = render(sample_scene(rng, width=side, height=side), rng)
-        top, left = (8 * int(rng.integers((side - CROP) // 8 + 1)) for _ in range(2))
-        images[row] = image[top : top + CROP, left : left + CROP]
+        side = int(rng.choice(SIDES))
+        scene = sample_scene(rng, width=side, height=side)
+        left, top = corner(rng, scene)
+        images[row] = render(scene, rng)[top : top + CROP, left : left + CROP]
     pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
     if rng.random() < 0.5:
         pixels = pixels.flip(3)

@@ -1,0 +1,62 @@
+"""Make the template browser's pictures of the workflows, with the tiny model on a running ComfyUI.
+
+    python tools/make_thumbnails.py http://127.0.0.1:8188
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+if not __package__:
+    sys.path[0] = str(ROOT)
+
+from PIL import Image  # noqa: E402
+
+from tools.comfy_client import ComfyClient, images  # noqa: E402
+
+SIDE = 384  # px
+# Workflow -> (the workflow that draws its thumbnail, another prompt for that one)
+THUMBNAILS = {
+    "text_to_image_tiny": ("text_to_image_tiny", None),
+    "image_to_image": ("image_to_image", None),
+    "text_to_image_alpha_1024": ("text_to_image_tiny", "a large green star in the center, on a navy background"),
+    "text_to_image_sigma_1024": (
+        "text_to_image_tiny",
+        "A large orange ring at the left and a large purple triangle at the right on a sky blue checkered background, "
+        "with a small white circle at the top.",
+    ),
+}
+
+
+def draw(comfy: ComfyClient, name: str, prompt: str | None) -> list[Image.Image]:
+    """Every picture of a workflow's API copy, with its positive prompt replaced by `prompt`."""
+    graph = json.loads((ROOT / "tests" / "workflows_api" / f"{name}.json").read_text(encoding="utf-8"))
+    if prompt:
+        encoders = [node["inputs"] for node in graph.values() if node["class_type"] == "PixArtTextEncode"]
+        next(inputs for inputs in encoders if inputs["unconditional"] == "prompt")["text"] = prompt
+    return [Image.open(io.BytesIO(comfy.image(entry))).convert("RGB") for entry in images(comfy.run(graph))]
+
+
+def sheet(pictures: list[Image.Image]) -> Image.Image:
+    """One picture, or four of them two by two, as a square."""
+    columns = 2 if len(pictures) >= 4 else 1
+    side = SIDE // columns
+    square = Image.new("RGB", (SIDE, SIDE))
+    for index, picture in enumerate(pictures[: columns**2]):
+        place = (index % columns * side, index // columns * side)
+        square.paste(picture.resize((side, side), Image.Resampling.LANCZOS), place)
+    return square
+
+
+def main(url: str) -> None:
+    comfy = ComfyClient(url)
+    for name, (source, prompt) in THUMBNAILS.items():
+        sheet(draw(comfy, source, prompt)).save(ROOT / "workflows" / f"{name}.jpg", quality=90)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
