@@ -29,7 +29,7 @@ def build_text(work: Path, args) -> None:
     from tools.tiny import text
 
     tokenizer = text.train_tokenizer(args.seed)
-    encoder = text.train_encoder(tokenizer, steps=args.steps or 1500, seed=args.seed, report=report)
+    encoder = text.train_encoder(tokenizer, steps=args.steps or 1600, seed=args.seed, report=report)
     tokenizer.save_pretrained(work / "text")
     encoder.save_pretrained(work / "text")
     report({"stage": "text", "tokens": len(tokenizer)})

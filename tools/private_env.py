@@ -16,7 +16,7 @@ from pathlib import Path
 from .progress import Failure, tail
 
 PYTHONS = ((3, 10), (3, 13))             # oldest and newest Python that every pinned package has wheels for
-NEEDED_GB = {"first": 9.0, "more": 1.5}  # venv 6.1 GB with CUDA libraries, and what pip keeps while it unpacks
+FIRST_GB, MORE_GB = 9.0, 1.5             # the environment has 6.1 GB with CUDA libraries; pip keeps wheels meanwhile
 REQUIREMENTS = Path(__file__).with_name("requirements")
 CONSTRAINTS = REQUIREMENTS / "constraints.txt"
 TORCH = REQUIREMENTS / "torch.txt"
@@ -89,7 +89,7 @@ class PrivateEnv:
         stamp, wanted = self.folder / f".{name}.stamp", self._fingerprint(files)
         if self._usable() and stamp.is_file() and stamp.read_text(encoding="utf-8") == wanted:
             return
-        self._make()
+        self._make(FIRST_GB if torch else MORE_GB)
         with self.progress.step(f"Installing packages: {name}"):
             if torch:
                 self._install_torch()
@@ -109,15 +109,15 @@ class PrivateEnv:
                 and made_by.read_text(encoding="utf-8") == platform.python_version_tuple()[1]
                 and _runs(self.python, "-m", "pip"))
 
-    def _make(self):
+    def _make(self, needed_gb):
         if self._usable():
-            check_disk(self.folder, NEEDED_GB["more"])
+            check_disk(self.folder, MORE_GB)
             return
         check_venv()
         if self.folder.exists():
             with self.progress.step("Removing an environment that is unfinished or made by another Python"):
                 shutil.rmtree(self.folder)
-        check_disk(self.folder.parent, NEEDED_GB["first"])
+        check_disk(self.folder.parent, needed_gb)
         with self.progress.step(f"Making a private Python {platform.python_version()} environment in {self.folder}"):
             log = self.logs / "venv.log"
             with open(log, "w", encoding="utf-8") as out:
@@ -167,7 +167,11 @@ class PrivateEnv:
             process = subprocess.Popen(command, env=environment, text=True, encoding="utf-8", errors="replace",
                                        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
             with process:
-                self._follow(process.stdout, log)
+                try:
+                    self._follow(process.stdout, log)
+                except BaseException:                 # Ctrl-C or SIGTERM: pip must not go on alone
+                    process.terminate()
+                    raise
         shutil.rmtree(scratch, ignore_errors=True)
         if process.returncode:
             return log_path

@@ -19,12 +19,13 @@ class FrontEnd:
         self.page, self.url, self.pack = page, url, pack_folder
         self.console_errors = []
         page.set_default_timeout(PATIENCE)
-        page.on("console", self._note)
-        page.on("pageerror", lambda error: self.console_errors.append(str(error)))
+        page.on("console", lambda message: self._note(message.type, message.text + message.location.get("url", "")))
+        page.on("pageerror", lambda error: self._note("error", error.stack or str(error)))
 
-    def _note(self, message):
-        if message.type == "error" and f"/extensions/{self.pack}" in message.text + message.location.get("url", ""):
-            self.console_errors.append(message.text)
+    def _note(self, kind, text):
+        """The front end has errors of its own, such as the addresses that the server does not know; ours count."""
+        if kind == "error" and f"/extensions/{self.pack}" in text:
+            self.console_errors.append(text)
 
     def open(self, workflow):
         """Load the page, then a saved workflow, and wait until it is drawn."""

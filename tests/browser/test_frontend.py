@@ -22,10 +22,10 @@ def test_the_tiny_workflow_opens_runs_and_shows_its_pictures(front_end, screensh
     assert {key: node["inputs"] for key, node in front_end.prompt().items()} == api_copy("text_to_image_tiny")
     front_end.run()
     front_end.page.wait_for_timeout(1000)  # the canvas draws what has arrived
-    assert front_end.errors() == []
-    assert front_end.console_errors == []
     name = "screenshot.png" if "classic" in request.node.callspec.id else "screenshot_nodes_2.png"
     assert Image.open(screenshot(name)).size == (1920, 1000)
+    assert front_end.errors() == []
+    assert front_end.console_errors == []
 
 
 def test_nodes_2_draws_every_node_of_a_workflow(front_end, request):

@@ -154,7 +154,7 @@ def test_a_workflow_of_the_bundled_family_draws_as_it_is(comfy_server, name):
     found = pictures(comfy_server, comfy_server.queue(graph, workflow=workflow(name)))
     assert len(found) == sum(node["batch_size"] for node in nodes_of(graph, "EmptyLatentImage")) or len(found) == 1
     for picture in found:
-        assert picture.size == (192, 192)
+        assert picture.size == (128, 128)
         assert np.asarray(picture.convert("RGB")).std() > 5
         assert json.loads(picture.info["workflow"])["id"] == workflow(name)["id"]
 
