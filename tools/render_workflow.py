@@ -43,8 +43,10 @@ def main(words):
     except (ComfyError, OSError) as error:            # OSError: the server is gone
         print(f"Rendering {Path(workflow).name} failed: {error}.", file=sys.stderr)
         return 1
+    progress.say("")
     for path in paths:
-        progress.say(f"\nPicture: {path.resolve()}\n(open it in ComfyUI, by drag and drop, to get its workflow back)")
+        progress.say(f"Picture: {path.resolve()}")
+    progress.say("(drag one into ComfyUI to get its workflow back)")
     return 0
 
 

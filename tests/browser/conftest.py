@@ -38,6 +38,14 @@ class FrontEnd:
         """Types of the nodes for which a JavaScript condition on `node` holds."""
         return self.page.evaluate(f"() => app.graph.nodes.filter(node => {condition}).map(node => node.type)")
 
+    def select(self, kind):
+        """Select the first node of a type, as a click on it does."""
+        self.page.evaluate(
+            "kind => { app.canvas.selectNode(app.graph.nodes.find(node => node.type === kind));"
+            " app.canvas.setDirty(true, true) }",
+            kind,
+        )
+
     def prompt(self):
         """The graph as the Run button would send it."""
         return self.page.evaluate("async () => (await app.graphToPrompt()).output")

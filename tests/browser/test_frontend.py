@@ -48,7 +48,7 @@ def test_a_workflow_of_a_released_model_opens_and_names_the_missing_files(front_
 
 def test_the_help_of_a_node_opens_beside_the_graph(front_end):
     front_end.open(workflow("text_to_image_tiny"))
-    front_end.page.evaluate("() => app.canvas.select(app.graph.nodes.find(node => node.type === 'PixArtLoadModel'))")
+    front_end.select("PixArtLoadModel")
     with front_end.page.expect_response(lambda reply: reply.url.endswith("/docs/PixArtLoadModel.md")) as reply:
         front_end.page.get_by_test_id("info-button").click()
     assert reply.value.ok and f"/extensions/{front_end.pack}/docs/" in reply.value.url
