@@ -22,7 +22,7 @@ STAGES = {"pixel": "#3f789e", "alignment": "#b5651d", "aesthetics": "#2e7d4f"}
 WIDTH, HEIGHT = 960, 420  # px
 LEFT, RIGHT, TOP, BOTTOM = 70, 20, 30, 50  # px around the plot
 PAPER, INK, RULE = "white", "#222222", "#dddddd"
-TICKS = (0.02, 0.03, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0)
+TICKS = (0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0)
 
 
 def curves(work: Path) -> dict[str, list[tuple[int, float]]]:
