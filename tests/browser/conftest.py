@@ -9,7 +9,7 @@ from playwright.sync_api import sync_playwright
 
 ROOT = Path(__file__).resolve().parents[2]
 READY = "window.app?.vueAppReady && window.app.graph"
-PATIENCE = 300_000  # ms; a busy machine is slow to start a browser
+PATIENCE = 60_000  # ms; a busy machine is slow to start a browser
 
 
 class FrontEnd:
@@ -60,6 +60,7 @@ class FrontEnd:
         self.page.get_by_test_id("queue-button").click()
         self.page.wait_for_function(
             "app.graph.nodes.some(node => node.imgs?.length && node.imgs.every(image => image.naturalWidth))"
+            " || [...document.querySelectorAll('[data-node-id] img')].some(image => image.naturalWidth)"  # Nodes 2.0
         )
 
 
