@@ -68,7 +68,7 @@ def workflow(name):
     return json.loads((ROOT / "workflows" / f"{name}.json").read_text(encoding="utf-8"))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # not session: Playwright keeps an event loop running, which ComfyUI's own needs
 def browser(chromium):
     with sync_playwright() as playwright:
         yield playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
