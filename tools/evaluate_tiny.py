@@ -118,6 +118,7 @@ def make_graph(texts: list[str], seed: int, options: argparse.Namespace) -> dict
     graph = copy.deepcopy(GRAPH)
     for option, (node, name, _) in MODEL_INPUTS.items():
         graph[node]["inputs"][name] = getattr(options, option)
+    graph["model"]["inputs"]["weight_dtype"], graph["t5"]["inputs"]["dtype"] = options.weight_dtype, options.t5_dtype
     graph["positive"]["inputs"]["text"] = "\n".join(_literal(text) for text in texts)
     graph["latent"]["inputs"] |= {"width": options.width, "height": options.height, "batch_size": len(texts)}
     graph["sampler"]["inputs"] |= {"seed": seed, "steps": options.steps, "cfg": options.guidance,
@@ -192,11 +193,13 @@ def parse(words: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--guidance", type=float, default=4.5, help="KSampler's cfg")
     parser.add_argument("--sampler", default="dpmpp_2m")
     parser.add_argument("--scheduler", default="sgm_uniform")
-    parser.add_argument("--width", type=_positive, default=128, help="px")
-    parser.add_argument("--height", type=_positive, default=128, help="px")
+    parser.add_argument("--width", type=_positive, default=192, help="px")
+    parser.add_argument("--height", type=_positive, default=192, help="px")
     parser.add_argument("--batch", type=_positive, default=8, help="pictures per run of the graph")
     parser.add_argument("--model", default="pixart-tiny-alpha.safetensors", help="name, or in process also a path")
     parser.add_argument("--t5", default="pixart-tiny-t5")
+    parser.add_argument("--weight-dtype", default="auto", help="of the model loader: fp32, int8, nf4, ...")
+    parser.add_argument("--t5-dtype", default="auto", help="of the T5 loader: fp32, int8, nf4, ...")
     parser.add_argument("--vae", default="pixart-tiny-vae.safetensors")
     parser.add_argument("--server", metavar="URL", help="a running ComfyUI with this pack")
     parser.add_argument("--comfyui", metavar="PATH",

@@ -78,7 +78,8 @@ def train(config: TrainConfig, model, make_batch: Callable[[int, int], Batch], r
     ema = EMA(model.to(accelerator.device), config.ema_decay)
     first = resume(run / "checkpoint.pt", model, optimizer, ema)
     null_caption = model.y_embedder.y_embedding
-    forward, optimizer = accelerator.prepare(torch.compile(model) if config.compile else model, optimizer)
+    forward = torch.compile(model, dynamic=False) if config.compile else model  # one graph for each picture size
+    forward, optimizer = accelerator.prepare(forward, optimizer)
     posterior = GaussianPosterior(accelerator.device)
     clock, spent = time.monotonic(), []
     for step in range(first, config.steps):

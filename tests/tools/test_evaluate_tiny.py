@@ -59,10 +59,10 @@ def test_generated_captions_are_of_held_out_objects_and_the_same_for_the_same_se
 
 
 def test_the_graph_takes_one_caption_per_line_and_no_bracket_as_a_weight():
-    options = parse(["--steps", "7", "--guidance", "3", "--width", "192"])
+    options = parse(["--steps", "7", "--guidance", "3", "--width", "160"])
     graph = make_graph(["a red circle (top)", "a star"], 5, options)
     assert graph["positive"]["inputs"]["text"] == "a red circle \\(top\\)\na star"
-    assert graph["latent"]["inputs"] == {"width": 192, "height": 128, "batch_size": 2}
+    assert graph["latent"]["inputs"] == {"width": 160, "height": 192, "batch_size": 2}
     assert {"seed": 5, "steps": 7, "cfg": 3.0}.items() <= graph["sampler"]["inputs"].items()
     assert make_graph(["x"], 0, options)["positive"]["inputs"]["text"] == "x"
 

@@ -1,11 +1,17 @@
 """The parts that tools/build_tiny.py trains: that they are what the file formats and the training assume."""
 
-import numpy as np
-import torch
+from pathlib import Path
 
-from tools.tiny import vae
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tools.tiny import export, train_dit, vae
 from tools.tiny.captions import BACKGROUND, NOBODY, owned_caption
 from tools.tiny.scenes import POSITIONS, render, sample_scene
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def pictures(count, seed=0, size=64):
@@ -54,3 +60,19 @@ def test_the_text_encoder_learns_to_tell_single_objects_apart():
     encoder = text.train_encoder(tokenizer, steps=12, batch=8, report=log.append)
     assert log[-1]["by_token"] < log[0]["by_token"]
     assert encoder(torch.tensor([[1]])).last_hidden_state.isfinite().all()
+
+
+def test_the_shipped_files_are_taken_up_again_for_the_last_stage_and_come_back_the_same(tmp_path):
+    work, assets = tmp_path / "work", ROOT / "pixart_nodes" / "assets" / "tiny"
+    export.restore(work, assets, report=lambda record: None)
+    *before, last = train_dit.STAGES
+    assert all((work / f"dit-{stage.name}" / "ema.safetensors").exists() for stage in before)
+    assert not (work / f"dit-{last.name}").exists()
+    with pytest.raises(FileExistsError, match="already holds a run"):
+        export.restore(work, assets)
+    (work / f"dit-{before[-1].name}").rename(work / f"dit-{last.name}")
+    export.export(work, tmp_path / "assets", report=lambda record: None)
+    for name in ("diffusion_models/pixart-tiny-alpha.safetensors", "vae/pixart-tiny-vae.safetensors"):
+        shipped, again = load_file(assets / name), load_file(tmp_path / "assets" / name)
+        assert shipped.keys() == again.keys()
+        assert all(torch.equal(tensor, again[key]) for key, tensor in shipped.items())

@@ -15,17 +15,17 @@ ORIGIN = "PixArt Nodes tiny family: trained from scratch on generated scenes (to
 
 
 def restore(work: Path, assets: Path, *, report=print) -> None:
-    """Fill `work` from the shipped files, so that the transformer's second stage goes on from them.
+    """Fill `work` from the shipped files, so that the transformer's last stage goes on from them.
 
     Raises FileExistsError when `work` already holds a run.
     """
-    first, *_ = STAGES
-    done = work / f"dit-{first.name}" / "ema.safetensors"
-    if done.exists():
+    if any(work.glob("dit-*")):
         raise FileExistsError(f"{work} already holds a run: give an empty folder to start from the shipped files.")
-    done.parent.mkdir(parents=True)
     model, detection = load_transformer(assets / "diffusion_models" / "pixart-tiny-alpha.safetensors")
-    save_file(model.float().state_dict(), done)
+    for stage in STAGES[:-1]:
+        done = work / f"dit-{stage.name}" / "ema.safetensors"
+        done.parent.mkdir(parents=True)
+        save_file(model.float().state_dict(), done)
     folder = assets / "text_encoders" / "pixart-tiny-t5"
     T5EncoderModel.from_pretrained(folder).float().save_pretrained(work / "text")
     AutoTokenizer.from_pretrained(folder).save_pretrained(work / "text")

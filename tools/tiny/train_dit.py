@@ -41,15 +41,14 @@ class Stage:
     tidy: bool = False
 
 
-MUON = {"optimizer": "muon", "learning_rate": 2e-3, "warmup_steps": 30, "compile": True}
-FAST = {**MUON, "min_snr_gamma": 5.0}  # the last stage returns to the original's plain noise MSE
+MUON = {"optimizer": "muon", "learning_rate": 2e-3, "warmup_steps": 30, "min_snr_gamma": 5.0, "compile": True}
 STAGES = (
-    Stage("pixel", TrainConfig(steps=150, batch_size=64, final_learning_rate=2e-3, **FAST), sizes=((128, 128),),
+    Stage("pixel", TrainConfig(steps=150, batch_size=64, final_learning_rate=2e-3, **MUON), sizes=((128, 128),),
           class_captions=True),
-    Stage("alignment", TrainConfig(steps=1800, batch_size=64, final_learning_rate=2e-4, **FAST), sizes=((128, 128),)),
-    Stage("aesthetics", TrainConfig(steps=200, batch_size=32, final_learning_rate=3e-5,
-                                    **{**MUON, "learning_rate": 2e-4}),
-          sizes=((192, 192), (224, 160), (160, 224)), tidy=True),
+    Stage("alignment", TrainConfig(steps=1800, batch_size=64, final_learning_rate=2e-4, **MUON), sizes=((128, 128),)),
+    Stage("aesthetics", TrainConfig(steps=3000, batch_size=32, final_learning_rate=5e-5,
+                                    **{**MUON, "learning_rate": 1.5e-3}),
+          sizes=((192, 192), (192, 192), (224, 160), (160, 224)), tidy=True),
 )  # fmt: skip
 
 
