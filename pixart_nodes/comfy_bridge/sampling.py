@@ -4,11 +4,17 @@ The schedule is linear between integer timesteps in log alpha, as the original D
 (PixArt-sigma diffusion/model/dpm_solver.py, NoiseScheduleVP 'discrete'), so both directions accept fractions.
 """
 
+import math
+
 import comfy.model_sampling
 import comfy.samplers
+import comfy.supported_models
 import torch
-from comfy.k_diffusion.sa_solver import get_tau_interval_func
 from torch import Tensor
+
+from ..diffusion import samplers
+from ..diffusion.schedule import log_alpha_at, timestep_at
+from .noise import picture_noise
 
 DPM_SOLVER = "DPM-Solver++ 2M"
 SA_SOLVER = "SA-Solver 2/2"
@@ -29,27 +35,25 @@ class PixArtModelSampling(comfy.model_sampling.ModelSamplingDiscrete, comfy.mode
         self.register_buffer("log_alphas", -0.5 * torch.log1p(sigmas**2).float())  # (1000,), falling
 
     def sigma(self, timestep: Tensor) -> Tensor:
-        t = timestep.to(self.log_alphas).clamp(0, len(self.log_alphas) - 1)
-        low = t.floor().long()
-        log_alpha = torch.lerp(self.log_alphas[low], self.log_alphas[t.ceil().long()], t - low)
-        return torch.expm1(-2 * log_alpha).sqrt().to(timestep.device)
+        return torch.expm1(-2 * log_alpha_at(self.log_alphas, timestep)).sqrt().to(timestep.device)
 
     def timestep(self, sigma: Tensor) -> Tensor:
-        falling = self.log_alphas
-        log_alpha = -0.5 * torch.log1p(sigma.to(falling) ** 2)
-        high = torch.searchsorted(-falling, -log_alpha).clamp(1, len(falling) - 1)
-        low = high - 1
-        t = low + (log_alpha - falling[low]) / (falling[high] - falling[low])
-        return t.clamp(0, len(falling) - 1).view(sigma.shape).to(sigma.device)
+        log_alpha = -0.5 * torch.log1p(sigma.to(self.log_alphas) ** 2)
+        return timestep_at(self.log_alphas, log_alpha).to(sigma.device)
 
 
-def schedule_of(model):
-    """The noise schedule of a MODEL. Raises ValueError for models of another kind than PixArt's."""
+def schedule_of(model, node: str = "PixArt Sampling"):
+    """The noise schedule of a MODEL. Raises ValueError, in the name of `node`, for models of another kind."""
     schedule = model.get_model_object("model_sampling")
     if not isinstance(schedule, comfy.model_sampling.ModelSamplingDiscrete):
         kind = type(model.model).__name__
-        raise ValueError(f"PixArt Sampling got a {kind} model, which has no timesteps 0..999. Connect a PixArt model.")
+        raise ValueError(f"{node} got a {kind} model, which has no timesteps 0..999. Connect a PixArt model.")
     return schedule
+
+
+def family_of(model) -> str:
+    """The family of a MODEL, "sigma" or "alpha", from this pack's loader or ComfyUI's."""
+    return "sigma" if isinstance(model.model.model_config, comfy.supported_models.PixArtSigma) else "alpha"
 
 
 def original_sigmas(model_sampling, steps: int, denoise: float = 1.0, to_zero: bool = True) -> Tensor:
@@ -60,23 +64,22 @@ def original_sigmas(model_sampling, steps: int, denoise: float = 1.0, to_zero: b
     """
     if denoise <= 0:
         return torch.empty(0)
-    timesteps = torch.linspace(model_sampling.num_timesteps - 1, 0, int(steps / denoise) + 1, dtype=torch.float64)
-    sigmas = model_sampling.sigma(timesteps).float().cpu()
+    sigmas = model_sampling.sigma(samplers.original_timesteps(int(steps / denoise))).float().cpu()
     if to_zero:
         sigmas[-1] = 0
     return sigmas[-(steps + 1) :]
 
 
-def original_sampler(preset: str, model_sampling):
-    """SAMPLER of a preset: ComfyUI's own solvers with the original's settings."""
+def sample_sa_solver(model, x, sigmas, extra_args=None, callback=None, disable=None, noisy=(0.0, math.inf)):
+    """The k-diffusion sampler behind the SAMPLER of the SA-Solver preset."""
+    noise = picture_noise(model, x, extra_args)
+    return samplers.sample_sa_solver(model, x, sigmas, extra_args, callback, disable, noise, noisy)
+
+
+def original_sampler(preset: str, model_sampling, family: str, steps: int):
+    """SAMPLER of a preset: SA-Solver, or DPM-Solver++ ending a run of `steps` as the family's repository does."""
     if preset == DPM_SOLVER:
-        return comfy.samplers.ksampler("dpmpp_2m")
-    # PixArt-alpha diffusion/sa_sampler.py:60-64, mode 'few_steps': orders 2 and 2, the rescaled form of appendix D.
-    low, high = model_sampling.sigma(torch.tensor(NOISY_TIMESTEPS)).tolist()
-    options = {
-        "tau_func": get_tau_interval_func(high, low, eta=1.0),
-        "predictor_order": 2,
-        "corrector_order": 2,
-        "simple_order_2": True,
-    }
-    return comfy.samplers.ksampler("sa_solver", options)
+        first_order = samplers.lower_order_final(family, steps)
+        return comfy.samplers.KSAMPLER(samplers.sample_dpmpp_2m, {"lower_order_final": first_order})
+    noisy = tuple(model_sampling.sigma(torch.tensor(NOISY_TIMESTEPS)).tolist())
+    return comfy.samplers.KSAMPLER(sample_sa_solver, {"noisy": noisy})

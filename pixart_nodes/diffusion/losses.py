@@ -74,6 +74,11 @@ class GaussianPosterior:
         return torch.where(t == 0, mean_flat(nll), mean_flat(kl)) / math.log(2.0)
 
 
+def pseudo_huber(prediction: Tensor, target: Tensor, c: float = 0.001) -> Tensor:
+    """sqrt(d^2 + c^2) - c, (B,): like d^2 near zero, like |d| beyond c (PixArt-alpha train_pixart_lcm.py:226-229)."""
+    return mean_flat(((prediction - target) ** 2 + c**2).sqrt() - c)
+
+
 def min_snr_weight(snr: Tensor, gamma: float) -> Tensor:
     """Loss weight min(snr, gamma) / snr of a noise predictor, (B,) (Hang et al. 2023)."""
     return snr.clamp(max=gamma) / snr

@@ -38,3 +38,22 @@ def predict_x0(x: Tensor, eps: Tensor, alphas: Tensor) -> Tensor:
     """The clean latent that x_t and its noise imply."""
     a = alphas.view(-1, *[1] * (x.ndim - 1))
     return (x - (1 - a).sqrt().to(x) * eps) / a.sqrt().to(x)
+
+
+def log_alpha_at(log_alphas: Tensor, timesteps: Tensor) -> Tensor:
+    """log sqrt(alphas_cumprod) between two timesteps: linear, as the original's NoiseScheduleVP 'discrete' reads it.
+
+    log_alphas (1000,) falling; timesteps of any shape, fractions allowed, held within 0..999.
+    """
+    t = timesteps.to(log_alphas).clamp(0, len(log_alphas) - 1)
+    low = t.floor().long()
+    return torch.lerp(log_alphas[low], log_alphas[t.ceil().long()], t - low)
+
+
+def timestep_at(log_alphas: Tensor, log_alpha: Tensor) -> Tensor:
+    """The inverse of `log_alpha_at`; a value of the table gives its integer timestep, however rounded on the way."""
+    high = torch.searchsorted(-log_alphas, -log_alpha.to(log_alphas)).clamp(1, len(log_alphas) - 1)
+    low = high - 1
+    t = low + (log_alpha - log_alphas[low]) / (log_alphas[high] - log_alphas[low])
+    whole = t.round()
+    return torch.where((t - whole).abs() < 1e-3, whole, t).clamp(0, len(log_alphas) - 1)

@@ -3,7 +3,7 @@
 from comfy_api.latest import io
 
 from ..comfy_bridge.compat import build
-from ..comfy_bridge.sampling import PRESETS, original_sampler, original_sigmas, schedule_of
+from ..comfy_bridge.sampling import PRESETS, family_of, original_sampler, original_sigmas, schedule_of
 
 FINAL_SIGMAS = ("zero", "original (0.01)")
 
@@ -54,7 +54,7 @@ class PixArtSampling(io.ComfyNode):
     def execute(cls, model, preset, steps, denoise, final_sigma) -> io.NodeOutput:
         schedule = schedule_of(model)
         sigmas = original_sigmas(schedule, steps, denoise, to_zero=final_sigma == "zero")
-        return io.NodeOutput(original_sampler(preset, schedule), sigmas)
+        return io.NodeOutput(original_sampler(preset, schedule, family_of(model), steps), sigmas)
 
 
 NODES = [PixArtSampling]

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from goldens_cases import fake_eps
 from safetensors.torch import load_file
 
 from .drive import latent, prompt, sample
@@ -120,9 +121,19 @@ def test_presets_sample_through_sampler_custom(comfy, sigma, preset, final_sigma
 
 def test_sa_solver_adds_noise_between_timesteps_199_and_799_only(comfy, sigma):
     sampler, _ = sampling(comfy, sigma, "SA-Solver 2/2")
-    tau, level = sampler.extra_options["tau_func"], sigma.model.model_sampling.sigma
-    noisy = [tau(level(torch.tensor(float(t)))) > 0 for t in (0, 198, 200, 500, 798, 800, 999)]
+    (low, high), level = sampler.extra_options["noisy"], sigma.model.model_sampling.sigma
+    noisy = [low <= level(torch.tensor(float(t))) <= high for t in (0, 198, 200, 500, 798, 800, 999)]
     assert noisy == [False, False, True, True, True, False, False]
+
+
+@pytest.mark.parametrize("final_sigma", ["zero", "original (0.01)"])
+def test_sa_solver_ends_where_its_noise_levels_end(comfy, sigma, final_sigma):
+    """A picture that the model knows is met, whatever the noise on the way, but for the noise of the last level."""
+    sampler, sigmas = sampling(comfy, sigma, "SA-Solver 2/2", 12, final_sigma=final_sigma)
+    known = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    start = known + 157 * torch.randn(known.shape, generator=torch.Generator().manual_seed(2))
+    out = sampler.sampler_function(lambda x, level: known, start, sigmas, disable=True, **sampler.extra_options)
+    assert (out - known).abs().max() <= 6 * sigmas[-1] + 1e-5
 
 
 def test_a_model_with_another_kind_of_schedule_is_refused(comfy, sigma):
@@ -134,33 +145,39 @@ def test_a_model_with_another_kind_of_schedule_is_refused(comfy, sigma):
         sampling(comfy, flow)
 
 
-def fake_eps(kind, x, t):
-    """The stand-ins for a network with which the golden trajectories were made (index.json, dpm_solver)."""
-    if kind == "tanh":
-        return torch.tanh(0.8 * x + 0.5 * t / 1000)
-    tau = t / 1000 + 0.001
-    log_alpha = -(0.05 * tau + 4.975 * tau**2)
-    x0 = torch.tanh(0.6 * x - 0.4 * t / 1000)
-    return (x - torch.exp(log_alpha) * x0) / torch.sqrt(-torch.expm1(2 * log_alpha))
-
-
+@pytest.mark.parametrize("family", ["alpha", "sigma"])
 @pytest.mark.parametrize("kind", ["tanh", "vp"])
 @pytest.mark.parametrize("steps", [14, 20])
-def test_dpm_solver_arrives_where_the_original_arrives(comfy, sigma, kind, steps):
-    """The alpha repository's, which ends in a second-order step; the Sigma repository ends in a first-order one."""
-    folder = Path(os.environ.get("PIXART_GOLDEN_DIR", Path(__file__).parents[1] / "goldens"))
+def test_dpm_solver_arrives_where_the_repository_of_the_models_family_arrives(comfy, load_model, family, kind, steps):
+    """Alpha's ends in a second-order step from 10 steps on, the Sigma repository's always in a first-order one."""
+    folder = Path(os.environ.get("PIXART_GOLDEN_DIR") or Path(__file__).parents[1] / "goldens")
     golden = load_file(folder / "dpm_solver.safetensors")
-    sampler, sigmas = sampling(comfy, sigma, steps=steps, final_sigma="original (0.01)")
-    schedule = sigma.model.model_sampling
+    model = load_model(f"{family}.safetensors", family=family)
+    sampler, sigmas = sampling(comfy, model, steps=steps, final_sigma="original (0.01)")
+    schedule = model.model.model_sampling
 
     def denoise(x, level):
         level = level.view(-1, 1, 1, 1)
         return x - level * fake_eps(kind, x / (level**2 + 1).sqrt(), schedule.timestep(level))
 
     x = golden["in.x_T"] * (sigmas[0] ** 2 + 1).sqrt()
-    out = sampler.sampler_function(denoise, x, sigmas, disable=True) / (sigmas[-1] ** 2 + 1).sqrt()
-    expected = golden[f"out.original_alpha.{kind}.{steps}.x"][-1]
+    out = sampler.sampler_function(denoise, x, sigmas, disable=True, **sampler.extra_options)
+    out = out / (sigmas[-1] ** 2 + 1).sqrt()
+    expected = golden[f"out.original_{family}.{kind}.{steps}.x"][-1]
     assert (out - expected).abs().max() < 2e-5 * max(1, expected.abs().max())
+
+
+def test_dpm_solver_to_zero_is_comfyuis_dpmpp_2m_on_the_same_noise_levels(comfy, sigma):
+    sampler, sigmas = sampling(comfy, sigma, steps=7)
+    (theirs,) = comfy.call("KSamplerSelect", sampler_name="dpmpp_2m")
+    ours, theirs = (
+        comfy.call(
+            "SamplerCustom", model=sigma, add_noise=True, noise_seed=0, cfg=4.5, positive=prompt(7, 1),
+            negative=prompt(3, 2), sampler=chosen, sigmas=sigmas, latent_image=latent(),
+        )[0]["samples"]
+        for chosen in (sampler, theirs)
+    )  # fmt: skip
+    assert (ours - theirs).abs().max() < 1e-4 * theirs.abs().max()
 
 
 # PixArt Resolution
