@@ -3,7 +3,6 @@
 Letters: B batch, L caption tokens, D caption width.
 """
 
-import contextlib
 import logging
 import re
 
@@ -12,6 +11,7 @@ from comfy import sd1_clip
 
 from ..checkpoints.load import null_caption as placeholder
 from ..text.captions import TOKEN_LIMITS, clean_caption
+from .text_cache import attention_masks
 from .text_encoder import NAME
 
 log = logging.getLogger(__name__)
@@ -81,7 +81,7 @@ def encode_empty(clip, rows, extra):
     """
     end = tokenize(clip, "")[-1]  # complains about a CLIP that is no T5
     pad = (getattr(clip.tokenizer, clip.tokenizer.clip).pad_token, 1.0)
-    with attention_masks(clip):
+    with masking_pads(clip):
         entries = clip.encode_from_tokens_scheduled({NAME: [[end, pad]]}, add_dict=extra)
     for entry in entries:
         entry[1].pop("attention_mask", None)
@@ -90,15 +90,11 @@ def encode_empty(clip, rows, extra):
     return entries
 
 
-@contextlib.contextmanager
-def attention_masks(clip):
-    """Lets T5 mask pads; ComfyUI's PixArt encoder does not, because its prompts have none."""
-    encoder = getattr(clip.cond_stage_model, clip.cond_stage_model.clip)
-    before, encoder.enable_attention_masks = encoder.enable_attention_masks, True
-    try:
-        yield
-    finally:
-        encoder.enable_attention_masks = before
+def masking_pads(clip):
+    """A context in which T5 masks its pads. Our own CLIP keeps its encodings apart by that; it may not be loaded."""
+    if getattr(clip, "identity", None) is None:
+        return attention_masks(clip.cond_stage_model)
+    return clip.masking_pads()
 
 
 def like_positive(cond, positive, rest):

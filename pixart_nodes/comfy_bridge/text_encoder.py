@@ -19,6 +19,8 @@ from ..checkpoints.files import load_file_tensors
 from ..checkpoints.foreign import LOOKALIKES, OTHERS, describe
 from ..text import t5, t5_files
 from ..text.tokenizer import choose_tokenizer
+from . import quantize
+from .text_cache import T5Clip, digest, file_state
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +30,9 @@ DTYPES = {
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
     "fp8_e4m3fn": torch.float8_e4m3fn,
+    **dict.fromkeys(quantize.KINDS),  # of the linear layers; the rest in 16 or 32 bit
 }
+AFTER_ENCODING = ("keep", "leave")
 KEEP_FP32_BELOW = 4 * 2**30  # bytes; T5-XXL in fp32 has 19 GB, which nobody wants to keep by default
 NAME = "t5xxl"  # ComfyUI's name for a T5 in tokens, LoRA keys and state dicts, whatever its size
 PIXART = (
@@ -102,24 +106,46 @@ def build_t5(config, dtype, device, operations, *, params):
 
 
 def load_t5(
-    path: str, dtype: str = "auto", device: str = "default", embedding_directory=None, disable_dynamic: bool = False
-) -> comfy.sd.CLIP:
-    """Loads a Hugging Face folder or one file -> CLIP.
+    path: str, dtype: str = "auto", device: str = "default", embedding_directory=None, after_encoding: str = "keep"
+) -> T5Clip:
+    """A Hugging Face folder or one file -> CLIP.
 
     dtype is a key of DTYPES (auto: as in the file, but 16 bit for fp32 files beyond 4 GiB), device "default" or "cpu".
-    Raises ValueError or FileNotFoundError, with the file's name, for what is damaged, incomplete or no T5 v1.1.
+    after_encoding "leave": the weights are read when the first prompt needs them and dropped when sampling starts.
+    Raises ValueError, FileNotFoundError or, for a dtype that needs bitsandbytes, ImportError: with the file's name for
+    what is damaged, incomplete or no T5 v1.1.
     """
     files = t5_files.locate(path)
     where = os.path.basename(path)
+    _, params = read_encoder(files, where)
+    if dtype in quantize.KINDS:
+        quantize.library(dtype)
+    pieces = tokenizer_pieces(files, params, where)
+    tokenizer = partial(
+        comfy.sd1_clip.SD1Tokenizer, name=NAME, tokenizer=partial(T5Tokenizer, pieces=pieces, params=params)
+    )
+    load = partial(load_clip, path, dtype, device, embedding_directory)
+    identity = digest(file_state((*files.weights, *files.tokenizers)), files.config, dtype, device)
+    log.info("%s: T5 encoder, %d x %d, tokenizer %s", where, params.num_layers, params.d_model, pieces.path)
+    return T5Clip(load, tokenizer(embedding_directory=embedding_directory), identity, after_encoding == "leave")
+
+
+def load_clip(path, dtype, device, embedding_directory, disable_dynamic=False) -> comfy.sd.CLIP:
+    """ComfyUI's own CLIP with the weights in it, in the chosen dtype."""
+    files = t5_files.locate(path)
+    where = os.path.basename(path)
     weights, params = read_encoder(files, where)
-    default = os.path.join(os.path.dirname(comfy.text_encoders.t5.__file__), "t5_tokenizer", "tokenizer.json")
-    pieces = choose_tokenizer(files.tokenizers, default, params.vocab_size, params.eos, where)
+    pieces = tokenizer_pieces(files, params, where)
     model_options = {"initial_device": torch.device("cpu")}
     if device == "cpu":
         model_options["load_device"] = model_options["offload_device"] = torch.device("cpu")
-    weights = t5.cast(weights, DTYPES[dtype] or automatic_dtype(weights, params), where)
-    model_options["dtype"] = t5.weight_dtype(weights)
-    weights = quantised(weights, model_options)
+    if dtype in quantize.KINDS:
+        weights = quantized(weights, dtype, model_options, where)
+        disable_dynamic = True  # DynamicVRAM would add a LoRA to packed bytes
+    else:
+        weights = t5.cast(weights, DTYPES[dtype] or automatic_dtype(weights, params), where)
+        model_options["dtype"] = t5.weight_dtype(weights)
+        weights = scaled_fp8(weights, model_options)
 
     target = comfy.supported_models_base.ClipTarget(
         tokenizer=partial(
@@ -129,13 +155,17 @@ def load_t5(
     )
     clip = make_clip(target, weights, params.num_parameters, embedding_directory, model_options, disable_dynamic)
     clip.patcher.cached_patcher_init = (load_patcher, (path, dtype, device, embedding_directory))
-    log.info("%s: T5 encoder, %d x %d, tokenizer %s", where, params.num_layers, params.d_model, pieces.path)
     return clip
 
 
 def load_patcher(path, dtype, device, embedding_directory, disable_dynamic=False):
     """How ComfyUI loads the encoder a second time, for LoRA schedules and other devices."""
-    return load_t5(path, dtype, device, embedding_directory, disable_dynamic).patcher
+    return load_clip(path, dtype, device, embedding_directory, disable_dynamic).patcher
+
+
+def tokenizer_pieces(files: t5_files.T5Files, params, where: str):
+    default = os.path.join(os.path.dirname(comfy.text_encoders.t5.__file__), "t5_tokenizer", "tokenizer.json")
+    return choose_tokenizer(files.tokenizers, default, params.vocab_size, params.eos, where)
 
 
 def read_encoder(files: t5_files.T5Files, where: str):
@@ -165,7 +195,21 @@ def automatic_dtype(weights, params):
     return mm.text_encoder_dtype(mm.text_encoder_device())
 
 
-def quantised(weights, model_options):
+def quantized(weights, kind, model_options, where):
+    """The weights with the linear layers packed by bitsandbytes; says in `model_options` what they are.
+
+    T5's `wo` is among them: what has outliers are the activations that it multiplies, and those stay in fp32. The
+    embedding, norms and position table stay: they are looked up or multiplied element by element, and are 3 %.
+    """
+    rest = t5.unquantized(weights)
+    layers = [name for name in weights if name not in rest and not name.endswith(".scale_weight")]
+    weights = quantize.quantize(weights | rest, layers, kind, where)
+    model_options["dtype"] = weights["shared.weight"].dtype
+    model_options["custom_operations"] = quantize.operations(kind)
+    return weights
+
+
+def scaled_fp8(weights, model_options):
     """The weights in this ComfyUI's layout of scaled fp8; says in `model_options` that they are in it."""
     scaled = [key.removesuffix(".scale_weight") for key in weights if key.endswith(".scale_weight")]
     if not scaled:

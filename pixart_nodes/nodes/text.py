@@ -46,7 +46,8 @@ class PixArtLoadT5(io.ComfyNode):
                     options=list(text_encoder.DTYPES),
                     default="auto",
                     tooltip="How the weights are kept in memory; T5 always computes in fp32. auto: as in the file (16 "
-                    "bit for fp32 files beyond 4 GiB). fp8_e4m3fn halves 16 bit, with one scale per layer.",
+                    "bit for fp32 files beyond 4 GiB). fp8_e4m3fn halves 16 bit, with one scale per layer. int8 "
+                    "takes as little and is closer, nf4 and fp4 a quarter at a visible loss: these need bitsandbytes.",
                 ),
                 io.Combo.Input(
                     "device",
@@ -54,14 +55,23 @@ class PixArtLoadT5(io.ComfyNode):
                     default="default",
                     tooltip="default: ComfyUI decides, and frees the GPU afterwards. cpu: slower, takes no GPU memory.",
                 ),
+                io.Combo.Input(
+                    "after_encoding",
+                    options=list(text_encoder.AFTER_ENCODING),
+                    default="keep",
+                    optional=True,
+                    tooltip="keep: T5 stays in memory, where ComfyUI manages it. leave: it is read when a new prompt "
+                    "needs it and dropped when sampling starts. Prompts encoded before never need it again.",
+                ),
             ],
             outputs=[io.Clip.Output(display_name="CLIP", tooltip="For PixArt Text Encode or CLIP Text Encode.")],
         )
 
     @classmethod
-    def execute(cls, t5_name, dtype, device) -> io.NodeOutput:
+    def execute(cls, t5_name, dtype, device, after_encoding="keep") -> io.NodeOutput:
         path = t5_files.find(t5_name, [*encoder_roots(), *pipeline_roots()])
-        return io.NodeOutput(text_encoder.load_t5(path, dtype, device, folder_paths.get_folder_paths("embeddings")))
+        embeddings = folder_paths.get_folder_paths("embeddings")
+        return io.NodeOutput(text_encoder.load_t5(path, dtype, device, embeddings, after_encoding))
 
 
 class PixArtTextEncode(io.ComfyNode):

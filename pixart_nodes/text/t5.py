@@ -208,6 +208,17 @@ def cast(weights: dict, dtype: torch.dtype | None, where: str, copy: bool = True
     return result
 
 
+def unquantized(weights: dict) -> dict:
+    """What stays in 16 or 32 bit when linear layers are quantised: embedding (16), norms and position table."""
+    result = {}
+    for key, value in weights.items():
+        if key == "shared.weight":
+            result[key] = value.to(torch.bfloat16 if value.dtype in (torch.float32, *FP8) else value.dtype, copy=True)
+        elif key.endswith(("norm.weight", "relative_attention_bias.weight")):
+            result[key] = value.clone()
+    return result
+
+
 def to_fp8(key, value, scale, dtype):
     """{key: weight} in fp8 with its scale beside it; the embedding in 16 bit, norms and position table as they are."""
     if key == "shared.weight":
