@@ -14,6 +14,7 @@ VAE_FACTOR = 8
 # The names under which the models were published (huggingface.co/PixArt-alpha).
 _PUBLISHED = re.compile(r"pixart-(sigma-|lcm-|alpha-dmd-)?xl-2-(?:sam-)?(256|512|1024|2k)", re.IGNORECASE)
 _DIFFUSERS_CLASSES = ("PixArtTransformer2DModel", "Transformer2DModel")
+CONTROL_CLASS = "PixArtControlNetAdapterModel"  # diffusers examples/research_projects/pixart
 _PIPELINES = {"PixArtAlphaPipeline": "alpha", "PixArtSigmaPipeline": "sigma"}
 
 
@@ -24,6 +25,11 @@ def is_pixart_config(config: Mapping) -> bool:
             config.get("norm_type", "ada_norm_single") == "ada_norm_single"
         )
     return "hidden_size" in config and "caption_channels" in config
+
+
+def is_control_config(config: Mapping) -> bool:
+    """Whether a config.json can belong to a PixArt ControlNet, or to the model that it was trained on."""
+    return config.get("_class_name") == CONTROL_CLASS or is_pixart_config(config)
 
 
 def interpolation_for(family: str, pixels: int) -> float:
@@ -98,6 +104,17 @@ def from_metadata(metadata: Mapping[str, str] | None) -> dict:
     architecture = metadata.get("modelspec.architecture", "").lower()
     found = re.search(r"pixart[-_ ]?(alpha|sigma)", architecture)
     return {"family": found[1]} if found else {}
+
+
+def params_of(metadata: Mapping[str, str] | None) -> PixArtParams | None:
+    """The parameters that the header of one of our own files states, None for others. ValueError for a damaged one."""
+    if "pixart.params" not in (metadata or {}):
+        return None
+    try:
+        stated = json.loads(metadata["pixart.params"])
+        return PixArtParams(**{**stated, "kv_compress": _kv_compress(stated["kv_compress"])})
+    except (TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"The file's header is damaged: pixart.params {metadata['pixart.params']:.80}.") from error
 
 
 def from_name(path: str) -> dict:

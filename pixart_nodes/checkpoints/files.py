@@ -81,18 +81,18 @@ def read_header(path) -> Header:
     return Header(tensors, metadata)
 
 
-def load(path, *, ema: bool | None = False) -> Loaded:
+def load(path, *, ema: bool | None = False, is_ours=is_pixart_config) -> Loaded:
     """All tensors of a checkpoint file or a diffusers folder, on the CPU (memory-mapped where the format allows).
 
     ema=True takes the averaged weights of a training checkpoint, None takes them if there are any. `.pth` files are
-    read with weights_only=True: nothing in them is executed. Raises ValueError (missing entry, damaged, not a
-    checkpoint) and FileNotFoundError.
+    read with weights_only=True: nothing in them is executed. is_ours(config) says whether a config.json can belong to
+    what is looked for. Raises ValueError (missing entry, damaged, not a checkpoint) and FileNotFoundError.
     """
     path = Path(path)
     if path.is_dir():
-        return _load_folder(path, ema)
+        return _load_folder(path, ema, is_ours)
     tensors, metadata = load_file_tensors(path, ema=ema)
-    return Loaded(tensors, metadata, _config_beside(path))
+    return Loaded(tensors, metadata, _config_beside(path, is_ours))
 
 
 def load_file_tensors(path: Path, *, ema: bool | None = False) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -177,7 +177,7 @@ def _weights_of(content, ema: bool | None, path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _load_folder(path: Path, ema: bool | None) -> Loaded:
+def _load_folder(path: Path, ema: bool | None, is_ours) -> Loaded:
     """A diffusers model folder, or the pipeline folder above it."""
     folder = path if (path / "config.json").is_file() or not (path / "transformer").is_dir() else path / "transformer"
     if ema:
@@ -185,9 +185,9 @@ def _load_folder(path: Path, ema: bool | None) -> Loaded:
     weights = next((folder / name for name in _FOLDER_WEIGHTS if (folder / name).is_file()), None)
     if weights is None:
         raise FileNotFoundError(f"{folder} is no diffusers model folder: it has no {_FOLDER_WEIGHTS[0]}.")
-    config = _read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
-    if config and not is_pixart_config(config):
-        raise ValueError(f"{folder} holds a {config.get('_class_name', 'model')}, not a PixArt transformer.")
+    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    if config and not is_ours(config):
+        raise ValueError(f"{folder} holds a {config.get('_class_name', 'model')}: this is not the folder to load here.")
     tensors, metadata = _load_shards(weights) if weights.suffix == ".json" else load_file_tensors(weights)
     if (folder / NULL_CAPTION_FILE).is_file():
         tensors |= load_file_tensors(folder / NULL_CAPTION_FILE)[0]
@@ -195,7 +195,7 @@ def _load_folder(path: Path, ema: bool | None) -> Loaded:
 
 
 def _load_shards(index: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    weight_map = _read_json(index).get("weight_map")
+    weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise _broken(index, "it has no weight_map", "download it again")
     tensors = {}
@@ -209,21 +209,21 @@ def _load_shards(index: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     return tensors, {}
 
 
-def _config_beside(path: Path) -> dict:
-    """The config.json in the folder of a single file, where there is one that can belong to a PixArt transformer."""
+def _config_beside(path: Path, is_ours) -> dict:
+    """The config.json in the folder of a single file, where there is one that can belong to it."""
     beside = path.with_name("config.json")
-    config = _read_json(beside) if beside.is_file() else {}
-    return _with_family(config if is_pixart_config(config) else {}, path.parent)
+    config = read_json(beside) if beside.is_file() else {}
+    return _with_family(config if is_ours(config) else {}, path.parent)
 
 
 def _with_family(config: dict, folder: Path) -> dict:
     model_index = folder.parent / "model_index.json"
     if folder.name == "transformer" and model_index.is_file():
-        return {**from_pipeline(_read_json(model_index)), **config}
+        return {**from_pipeline(read_json(model_index)), **config}
     return config
 
 
-def _read_json(path: Path) -> dict:
+def read_json(path: Path) -> dict:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

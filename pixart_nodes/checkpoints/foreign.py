@@ -17,7 +17,7 @@ LOOKALIKES = (
     ),
     (
         r"(^|\.)controlnet\.\d+\.(copied_block|before_proj|after_proj)\.|(^|\.)controlnet_blocks\.\d+\.",
-        "a PixArt ControlNet", "load it as a ControlNet",
+        "a PixArt ControlNet", "load it with PixArtLoadControlNet, which also hands out the base in it",
     ),
     (r"(^|\.)patchify_proj\.", "an LTX-Video transformer", "it is no PixArt model"),
     (r"(^|\.)temporal_transformer_blocks\.\d", "a Latte video transformer", "it is no PixArt model"),

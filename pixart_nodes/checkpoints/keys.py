@@ -6,6 +6,7 @@ slices of the native one along its first axis: q, k, v are thirds of `qkv`, k an
 and joins, so it works on meta tensors too; LoRA and ControlNet files use the same rows.
 """
 
+import re
 from collections.abc import Mapping
 
 import torch
@@ -47,6 +48,20 @@ OUTER_KEYS = (
     ("final_layer.scale_shift_table", "scale_shift_table", WHOLE),
 )
 
+CONTROL_KEYS = (
+    ("before_proj", "before_proj", WHOLE),  # of block 0 only
+    ("after_proj", "after_proj", WHOLE),
+)
+
+# What stands before those names, with the block's index at *: (native, diffusers, rows). A ControlNet has copies of
+# a transformer's first blocks. Of two that fit the first counts.
+CONTAINERS = (
+    ("controlnet.*.copied_block.", "controlnet_blocks.*.transformer_block.", BLOCK_KEYS),
+    ("controlnet.*.", "controlnet_blocks.*.", CONTROL_KEYS),
+    ("blocks.*.", "transformer_blocks.*.", BLOCK_KEYS),
+    ("", "", OUTER_KEYS),
+)
+
 POS_EMBED = "pos_embed"  # a buffer that is computed, never read from a file
 Y_EMBEDDING = "y_embedder.y_embedding"  # the null caption, a buffer that diffusers files do not carry
 
@@ -54,39 +69,42 @@ Y_EMBEDDING = "y_embedder.y_embedding"  # the null caption, a buffer that diffus
 NATIVE_ANCHORS = ("t_block.1.weight", "y_embedder.y_proj.fc1.weight")
 DIFFUSERS_ANCHORS = ("adaln_single.linear.weight", "caption_projection.linear_1.weight")
 
-_FROM_DIFFUSERS = {
-    table: {theirs: (ours, part) for ours, theirs, part in rows}
-    for table, rows in (("block", BLOCK_KEYS), ("outer", OUTER_KEYS))
+_CONTROL = {
+    "native": re.compile(r"(|.*\.)controlnet\.\d+\.(?:copied_block|before_proj|after_proj)\..+"),
+    "diffusers": re.compile(r"(|.*\.)controlnet_blocks\.\d+\.(?:transformer_block|before_proj|after_proj)\..+"),
 }
 
 
-def _split_block(name: str, container: str) -> tuple[str, str]:
-    """"blocks.3.attn.proj" -> ("blocks.3.", "attn.proj"); a name outside the blocks -> ("", name)."""
-    head, _, rest = name.partition(".")
-    index, _, inner = rest.partition(".")
-    return (f"{head}.{index}.", inner) if head == container and index.isdigit() else ("", name)
+def _pattern(container: str) -> re.Pattern:
+    return re.compile(re.escape(container).replace(r"\*", r"(\d+)") + "(.*)", re.DOTALL)
 
 
-def _split_leaf(name: str) -> tuple[str, str]:
-    module, _, leaf = name.rpartition(".")
-    return (module, f".{leaf}") if leaf in ("weight", "bias") else (name, "")
+_NATIVE = [(_pattern(ours), theirs, rows) for ours, theirs, rows in CONTAINERS]
+_DIFFUSERS = [
+    (_pattern(theirs), ours, {row[1]: (row[0], row[2]) for row in rows}) for ours, theirs, rows in CONTAINERS
+]
+
+
+def _split(name: str, containers):
+    """The other layout's container with the index filled in, the module, ".weight" or ".bias" or nothing, the rows."""
+    found, other, rows = next((m, other, rows) for p, other, rows in containers if (m := p.fullmatch(name)))
+    *index, inner = found.groups()
+    module, _, leaf = inner.rpartition(".")
+    module, leaf = (module, f".{leaf}") if leaf in ("weight", "bias") else (inner, "")
+    return other.replace("*", *index) if index else other, module, leaf, rows
 
 
 def diffusers_to_native(name: str) -> tuple[str, tuple[int, int]] | None:
     """Native name of a diffusers parameter or module and which part of it that is; None for an unknown name."""
-    block, inner = _split_block(name, "transformer_blocks")
-    module, leaf = _split_leaf(inner)
-    row = _FROM_DIFFUSERS["block" if block else "outer"].get(module)
-    return row and (block.removeprefix("transformer_") + row[0] + leaf, row[1])
+    container, module, leaf, rows = _split(name, _DIFFUSERS)
+    row = rows.get(module)
+    return row and (container + row[0] + leaf, row[1])
 
 
 def native_to_diffusers(name: str) -> list[tuple[str, tuple[int, int]]]:
     """Diffusers names of a native parameter or module with their parts, in order; empty for an unknown name."""
-    block, inner = _split_block(name, "blocks")
-    module, leaf = _split_leaf(inner)
-    rows = BLOCK_KEYS if block else OUTER_KEYS
-    prefix = f"transformer_{block}" if block else ""
-    return [(prefix + theirs + leaf, part) for ours, theirs, part in rows if ours == module]
+    container, module, leaf, rows = _split(name, _NATIVE)
+    return [(container + theirs + leaf, part) for ours, theirs, part in rows if ours == module]
 
 
 def find_layout(names) -> tuple[str, str] | None:
@@ -119,10 +137,38 @@ def to_native(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         raise ValueError("No PixArt transformer among these tensors.")
     prefix, spelling = layout
     inner = {name[len(prefix) :]: tensor for name, tensor in state_dict.items() if name.startswith(prefix)}
-    return inner if spelling == "native" else _fuse(inner)
+    return inner if spelling == "native" else _fuse(inner, "transformer")
 
 
-def _fuse(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+def find_control(names) -> tuple[str, str] | None:
+    """(prefix, "native" | "diffusers") of the one PixArt ControlNet among the names; None when there is none.
+
+    Raises ValueError when there are several.
+    """
+    matches = ((pattern.fullmatch(name), layout) for layout, pattern in _CONTROL.items() for name in names)
+    found = {(match[1], layout) for match, layout in matches if match}
+    if len(found) > 1:
+        prefixes = ", ".join(sorted(repr(prefix) for prefix, _ in found))
+        raise ValueError(f"The file holds several PixArt ControlNets, under {prefixes}: keep one of them.")
+    return found.pop() if found else None
+
+
+def control_to_native(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A PixArt ControlNet in any layout -> native names without prefix: "controlnet.0.copied_block.attn.qkv.weight".
+
+    Tensors that are not under `controlnet` (the base in the same file) are left out. Raises ValueError when there is
+    no PixArt ControlNet, or when some slices of a fused tensor are missing.
+    """
+    layout = find_control(state_dict)
+    if layout is None:
+        raise ValueError("No PixArt ControlNet among these tensors.")
+    prefix, spelling = layout
+    blocks = prefix + ("controlnet." if spelling == "native" else "controlnet_blocks.")
+    inner = {name[len(prefix) :]: tensor for name, tensor in state_dict.items() if name.startswith(blocks)}
+    return inner if spelling == "native" else _fuse(inner, "ControlNet")
+
+
+def _fuse(state_dict: dict[str, Tensor], what: str) -> dict[str, Tensor]:
     parts: dict[str, dict[tuple[int, int], Tensor]] = {}
     for name, tensor in state_dict.items():
         native, part = diffusers_to_native(name) or (name, WHOLE)
@@ -132,7 +178,7 @@ def _fuse(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         for theirs, part in native_to_diffusers(native) if part not in found
     ]  # fmt: skip
     if missing:
-        raise ValueError(f"Incomplete PixArt transformer: {shortened(missing)} missing.")
+        raise ValueError(f"Incomplete PixArt {what}: {shortened(missing)} missing.")
     return {native: _join(native, [found[part] for part in sorted(found)]) for native, found in parts.items()}
 
 
@@ -153,7 +199,16 @@ def to_diffusers(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     The slices are views of the given tensors. Raises ValueError for a name that no row covers.
     """
-    native = {name: t for name, t in to_native(state_dict).items() if name not in (POS_EMBED, Y_EMBEDDING)}
+    native = to_native(state_dict)
+    return _spell_diffusers({name: t for name, t in native.items() if name not in (POS_EMBED, Y_EMBEDDING)})
+
+
+def control_to_diffusers(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A PixArt ControlNet in any layout -> the names of diffusers' PixArtControlNetAdapterModel, as `to_diffusers`."""
+    return _spell_diffusers(control_to_native(state_dict))
+
+
+def _spell_diffusers(native: Mapping[str, Tensor]) -> dict[str, Tensor]:
     unknown = [name for name in native if not native_to_diffusers(name)]
     if unknown:
         raise ValueError(f"No diffusers name for {shortened(unknown)}.")

@@ -12,6 +12,7 @@ from ..model.params import PixArtParams
 from ..model.transformer import PixArtTransformer
 from . import files
 from .configs import from_config, from_metadata, from_name
+from .controlnet import base_of
 from .detect import Detection, contradictions, detect, find_transformer, idle_tensors, native_shapes
 from .keys import POS_EMBED, Y_EMBEDDING, to_native
 from .measure import measure
@@ -44,13 +45,19 @@ def load_transformer(
 
 
 def load_weights(
-    path, *, family: str | None = None, base_size: int | None = None, ema: bool | None = False, config=None
-) -> tuple[dict[str, Tensor], Detection]:
-    """The complete state dict of a PixArtTransformer, as stored, from a file or folder; errors as load_transformer."""
+    path, *, family: str | None = None, base_size: int | None = None, ema: bool | None = False, config=None,
+    beside_control: bool = False,
+) -> tuple[dict[str, Tensor], Detection]:  # fmt: skip
+    """The complete state dict of a PixArtTransformer, as stored, from a file or folder; errors as load_transformer.
+
+    beside_control=True takes the base out of a ControlNet's file.
+    """
     path = Path(path)
     loaded = files.load(path, ema=ema)
     try:
         notes = []
+        if beside_control:
+            loaded = loaded._replace(tensors=base_of(loaded.tensors))
         if config is None:
             config = _config_of(path, loaded, notes)
         native, detection = native_weights(loaded.tensors, loaded.metadata, config, family, base_size, notes)
