@@ -2,7 +2,7 @@
 
 import os
 
-import comfy.conds
+import comfy.controlnet
 import comfy.ldm.modules.attention as comfy_attention
 import comfy.model_base
 import comfy.model_management as mm
@@ -10,14 +10,18 @@ import comfy.supported_models
 import comfy.utils
 import torch
 from comfy.cli_args import args
+from comfy.hooks import EnumHookMode
 from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrappers
 
 from ..checkpoints import load_weights
 from ..model.params import PixArtParams
 from ..model.transformer import PixArtTransformer
-from . import compat
-from .conds import CONDCaption, CONDCaptionMask, caption_and_mask
+from . import compat, quantize
+from .conds import CONDCaption, CONDCaptionMask, CONDSteady, caption_and_mask
+from .kv_compress import check_grid
+from .memo import add_memo
 from .sampling import PixArtModelSampling
+from .text_cache import make_room_before_sampling
 
 CONFIGS = {"alpha": comfy.supported_models.PixArtAlpha, "sigma": comfy.supported_models.PixArtSigma}
 WEIGHT_DTYPES = {
@@ -26,6 +30,7 @@ WEIGHT_DTYPES = {
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
     "fp8_e4m3fn": torch.float8_e4m3fn,
+    **dict.fromkeys(quantize.KINDS),  # of the blocks; the rest as with auto
 }
 WEIGHTS = {"ema if present": None, "model": False, "ema": True}
 
@@ -35,7 +40,7 @@ LIVE_TENSORS = 14
 
 
 def attention(q, k, v, heads, mask, transformer_options):
-    """ComfyUI's attention of choice on (B, N, C) tensors; mask boolean, True = attend.
+    """ComfyUI's attention of choice on (B, N, C) tensors; mask as in `model.attention.sdpa`.
 
     PyTorch's own takes the masked calls, because not every backend knows masks, and the calls on a CPU where ComfyUI
     fell back to sub-quadratic attention unasked, which is 2.5 to 30 times slower there. Overrides see every call.
@@ -88,9 +93,19 @@ class ComfyPixArtTransformer(PixArtTransformer):
     ):
         """x (B, 4, H, W), timesteps (B,), context (B, L, D), c_size (B, 2) pixels, c_ar (B, 1) -> noise like x."""
         options = transformer_options or {}
+        if not torch.compiler.is_compiling():
+            grid = tuple(-(-side // self.params.patch_size) for side in x.shape[-2:])
+            check_grid(grid, self.params.kv_compress, options)
         wrappers = get_all_wrappers(WrappersMP.DIFFUSION_MODEL, options)
-        executor = WrapperExecutor.new_class_executor(super().forward, self, wrappers)
+        executor = WrapperExecutor.new_class_executor(self.predict, self, wrappers)
         return executor.execute(x, timesteps, context, context_mask, c_size, c_ar, control, options)
+
+    def predict(self, x, timesteps, context, context_mask, c_size, c_ar, control, transformer_options):
+        """`forward` inside the wrappers. ComfyUI repeats its noise level for every condition: one timestep will do."""
+        levels, conditions = (transformer_options.get(key, ()) for key in ("sigmas", "cond_or_uncond"))
+        if len(levels) == 1 and len(conditions) == len(x):
+            timesteps = timesteps[:1]
+        return super().forward(x, timesteps, context, context_mask, c_size, c_ar, control, transformer_options)
 
 
 class PixArtModel(comfy.model_base.PixArt):
@@ -107,13 +122,16 @@ class PixArtModel(comfy.model_base.PixArt):
         """What the network gets besides latent and timestep. Raises ValueError for conditioning made for others."""
         caption = kwargs.get("cross_attn")
         self.check_inputs(kwargs["noise"], caption)
+        self.check_control(kwargs.get("control"))
+        caption = caption.to(kwargs["device"], self.inference_dtype())
         caption, mask = caption_and_mask(caption, kwargs.get("attention_mask"))
         conds = {"c_crossattn": CONDCaption(caption), "context_mask": CONDCaptionMask(mask)}
         if self.params.micro_condition:
             width, height = kwargs["width"], kwargs["height"]
             ratio = kwargs.get("aspect_ratio") or height / max(width, 1)
-            conds["c_size"] = comfy.conds.CONDRegular(torch.tensor([[height, width]], dtype=torch.int64))
-            conds["c_ar"] = comfy.conds.CONDRegular(torch.tensor([[float(ratio)]]))
+            size = torch.tensor([[height, width]], device=caption.device)
+            conds["c_size"] = CONDSteady(size)
+            conds["c_ar"] = CONDSteady(torch.tensor([[float(ratio)]]).to(caption))
         return conds
 
     def check_inputs(self, noise, caption):
@@ -132,11 +150,28 @@ class PixArtModel(comfy.model_base.PixArt):
                 "another model's text encoder."
             )
 
+    def check_control(self, control):
+        """A chain of ComfyUI's CONTROL_NETs, or None."""
+        while control is not None:
+            if isinstance(control, (comfy.controlnet.ControlNet, comfy.controlnet.T2IAdapter)):
+                raise ValueError(
+                    f"{self.source} got a ControlNet for another kind of model. Take one for PixArt, and load it with "
+                    "PixArt Load ControlNet instead of ComfyUI's own loader."
+                )
+            control = control.previous_controlnet
+
     def memory_required(self, input_shape, cond_shapes=None):
         """Bytes that one forward needs above the weights, for a latent of (B, 4, H, W)."""
-        tokens = input_shape[2] * input_shape[3] / self.params.patch_size**2 + self.params.caption_tokens
-        tensor = input_shape[0] * tokens * self.params.hidden_size * mm.dtype_size(self.inference_dtype())
-        return LIVE_TENSORS * tensor
+        p = self.params
+        tokens = input_shape[2] * input_shape[3] / p.patch_size**2 + p.caption_tokens
+        remembered = 2 * p.depth * p.caption_tokens  # keys and values of the caption, for the whole run
+        token = p.hidden_size * mm.dtype_size(self.inference_dtype())
+        return input_shape[0] * (LIVE_TENSORS * tokens + remembered) * token
+
+    def state_dict_for_saving(self, *args, **kwargs):
+        """What ComfyUI's save nodes write: quantised weights as plain ones, so that every loader reads the file."""
+        saved = super().state_dict_for_saving(*args, **kwargs)
+        return quantize.plain_state_dict(saved, self.diffusion_model, "model.diffusion_model.")
 
     def inference_dtype(self):
         return self.manual_cast_dtype or self.get_dtype()
@@ -144,26 +179,60 @@ class PixArtModel(comfy.model_base.PixArt):
 
 def load_pixart(
     path: str, family: str | None = None, base_size: int | None = None, weight_dtype: str = "auto",
-    weights: str = "ema if present", disable_dynamic: bool = False,
+    weights: str = "ema if present", beside_control: bool = False, disable_dynamic: bool = False,
 ):  # fmt: skip
     """Loads a checkpoint file or diffusers folder -> ModelPatcher around a PixArtModel.
 
     family "alpha", "sigma" or None (detect); base_size in pixels or None; weight_dtype a key of WEIGHT_DTYPES;
-    weights a key of WEIGHTS. Raises ValueError and FileNotFoundError as `checkpoints.load_weights` does.
+    weights a key of WEIGHTS. beside_control=True loads the base out of a ControlNet's file. Raises ValueError and
+    FileNotFoundError as `checkpoints.load_weights` does.
     """
-    state_dict, detection = load_weights(path, family=family, base_size=base_size, ema=WEIGHTS[weights])
+    state_dict, detection = load_weights(
+        path, family=family, base_size=base_size, ema=WEIGHTS[weights], beside_control=beside_control
+    )
     load_device, offload_device = mm.get_torch_device(), mm.unet_offload_device()
     config = CONFIGS[detection.family](vars(detection.params))
     config.set_inference_dtype(*choose_dtypes(WEIGHT_DTYPES[weight_dtype], state_dict, config, load_device))
+    quantized = weight_dtype in quantize.KINDS
+    if quantized:
+        config.custom_operations = quantize.operations(weight_dtype)
+        state_dict = quantize.quantize(state_dict, block_matrices(state_dict), weight_dtype, os.path.basename(path))
 
     model = PixArtModel(config, detection, os.path.basename(path)).eval()
-    patcher = compat.model_patcher_class(disable_dynamic)(model, load_device, offload_device)
+    # DynamicVRAM would add a LoRA to packed bytes; the patcher without it asks the layer.
+    patcher = compat.model_patcher_class(disable_dynamic or quantized)(model, load_device, offload_device)
+    patcher.hook_mode = EnumHookMode.MinVram if quantized else patcher.hook_mode  # the other caches plain weights
     if not mm.is_device_cpu(offload_device):
         model.to(offload_device)
     compat.load_model_weights(model, state_dict, patcher)
+    add_memo(patcher)
+    make_room_before_sampling(patcher)
     # ComfyUI loads the model a second time through this: LoRA training, schedules of LoRAs, other devices.
-    patcher.cached_patcher_init = (load_pixart, (path, family, base_size, weight_dtype, weights))
+    patcher.cached_patcher_init = (load_pixart, (path, family, base_size, weight_dtype, weights, beside_control))
     return patcher
+
+
+def block_matrices(names_to_tensors) -> list[str]:
+    """The weights worth quantising: the matrices of the blocks, 97 % of the model.
+
+    Embedders, t_block and final layer stay: every token and step goes through them, so their error is in all of the
+    picture, and they are small. So do tables, biases, norms and the convolutions of KV compression.
+    """
+    return [
+        name
+        for name, tensor in names_to_tensors.items()
+        if name.startswith("blocks.") and name.endswith(".weight") and tensor.ndim == 2
+    ]
+
+
+def pixart_model(model, node: str) -> PixArtModel:
+    """The PixArtModel inside a MODEL. Raises ValueError, in the name of `node`, for models of other loaders."""
+    if not isinstance(model.model, PixArtModel):
+        raise ValueError(
+            f"{node} works on models from PixArt Load Model, but got a {type(model.model).__name__} of another loader. "
+            "Load the checkpoint with PixArt Load Model."
+        )
+    return model.model
 
 
 def choose_dtypes(weight_dtype, state_dict, config, device):

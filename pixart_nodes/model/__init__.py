@@ -1,6 +1,9 @@
 """The PixArt network (alpha and Sigma): one definition for inference and training."""
 
-from .params import VARIANTS, KVCompress, PixArtParams
+from .controlnet import ControlNetTransformer
+from .params import VARIANTS, ControlParams, KVCompress, PixArtParams
 from .transformer import PixArtTransformer
 
-__all__ = ["VARIANTS", "KVCompress", "PixArtParams", "PixArtTransformer"]
+__all__ = [
+    "VARIANTS", "ControlNetTransformer", "ControlParams", "KVCompress", "PixArtParams", "PixArtTransformer",
+]  # fmt: skip

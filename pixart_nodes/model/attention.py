@@ -3,11 +3,13 @@
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from .memo import memo_of
 from .params import KVCompress
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None, transformer_options=None) -> Tensor:
-    """Multi-head attention on (B, N, C) tensors; mask is boolean, True = attend, broadcastable to (B, heads, N, M)."""
+    """Multi-head attention on (B, N, C) tensors; mask broadcastable to (B, heads, N, M): boolean, True = attend, or
+    added to the scores."""
     q, k, v = (x.unflatten(2, (heads, -1)).transpose(1, 2) for x in (q, k, v))  # (B, heads, N, C / heads)
     return scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
 
@@ -23,11 +25,10 @@ class SelfAttention(nn.Module):
         self.kv_compress = kv_compress
         self.qkv = operations.Linear(C, 3 * C, dtype=dtype, device=device)
         self.proj = operations.Linear(C, C, dtype=dtype, device=device)
+        self.qk_norm = params.qk_norm
         if params.qk_norm:  # over the full width, before the split into heads
             self.q_norm = operations.LayerNorm(C, eps=1e-5, dtype=dtype, device=device)
             self.k_norm = operations.LayerNorm(C, eps=1e-5, dtype=dtype, device=device)
-        else:
-            self.q_norm = self.k_norm = nn.Identity()
         if kv_compress is not None and kv_compress.sampling == "conv":
             s = kv_compress.scale_factor
             self.sr = operations.Conv2d(C, C, s, stride=s, groups=C, dtype=dtype, device=device)
@@ -51,9 +52,14 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, grid: tuple[int, int], transformer_options) -> Tensor:  # x (B, N, C)
         q, k, v = self.qkv(x).chunk(3, dim=2)
-        q, k = self.q_norm(q), self.k_norm(k)
+        if self.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
         if self.kv_compress is not None:
             k, v = self.compress(k, grid), self.compress(v, grid)
+        for patch in transformer_options.get("patches", {}).get("attn1_kv_patch", ()):
+            k, v = patch(k, v, transformer_options)
+        if k.shape[1] < q.shape[1]:  # q is a view: a copy lets go of the keys and values that it shares memory with
+            q = q.clone()
         return self.proj(self.attention(q, k, v, self.num_heads, transformer_options=transformer_options))
 
 
@@ -71,5 +77,5 @@ class CrossAttention(nn.Module):
 
     def forward(self, x: Tensor, caption: Tensor, mask: Tensor | None, transformer_options) -> Tensor:
         q = self.q_linear(x)                                                  # (B, N, C)
-        k, v = self.kv_linear(caption).chunk(2, dim=2)                        # (B, L, C) each
+        k, v = memo_of(transformer_options)(self.kv_linear, caption).chunk(2, dim=2)  # (B, L, C) each
         return self.proj(self.attention(q, k, v, self.num_heads, mask=mask, transformer_options=transformer_options))

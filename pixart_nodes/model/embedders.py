@@ -10,15 +10,17 @@ from torch import Tensor, nn
 # network's output by 2e-5. These are the roundings of the reference runs (tests/goldens): exact, but for two.
 _ROUNDED_UP = {128: (12, 106)}
 
+MLP_ROWS = 8192  # tokens of each picture: 2048 px and more are split
+
 
 @lru_cache(maxsize=8)
-def frequencies(half: int, max_period: float) -> Tensor:
-    """max_period^(-k / half) for k = 0..half - 1 as the original rounds it: float32 (half,), on the CPU."""
+def frequencies(half: int, max_period: float, device: torch.device) -> Tensor:
+    """max_period^(-k / half) for k = 0..half - 1 as the original rounds it: float32 (half,)."""
     exponent = -math.log(max_period) * torch.arange(half, dtype=torch.float32) / half
     f = exponent.double().exp().float()
     for k in _ROUNDED_UP.get(half, ()):
         f[k] = torch.nextafter(f[k], torch.tensor(torch.inf))
-    return f
+    return f.to(device)
 
 
 def timestep_embedding(t: Tensor, channels: int = 256, max_period: float = 10000.0) -> Tensor:
@@ -26,9 +28,9 @@ def timestep_embedding(t: Tensor, channels: int = 256, max_period: float = 10000
 
     t (B,), fractional values allowed -> (B, channels). PixArt-sigma PixArt_blocks.py:282-304.
     """
-    angle = t.float()[:, None] * frequencies(channels // 2, max_period).to(t.device)  # (B, channels // 2)
+    angle = t.float()[:, None] * frequencies(channels // 2, max_period, t.device)  # (B, channels // 2)
     code = torch.cat([angle.cos(), angle.sin()], dim=1)
-    return nn.functional.pad(code, (0, channels % 2))
+    return nn.functional.pad(code, (0, 1)) if channels % 2 else code
 
 
 class PatchEmbedder(nn.Module):
@@ -46,7 +48,7 @@ class PatchEmbedder(nn.Module):
 
 
 class ScalarEmbedder(nn.Module):
-    """One number per row, through sinusoids and a two-layer perceptron: timesteps, sizes, aspect ratios."""
+    """Numbers through sinusoids and a two-layer perceptron, those of a row side by side: timesteps, sizes, ratios."""
 
     def __init__(self, hidden_size: int, *, operations, dtype=None, device=None):
         super().__init__()
@@ -56,19 +58,29 @@ class ScalarEmbedder(nn.Module):
             operations.Linear(hidden_size, hidden_size, dtype=dtype, device=device),
         )
 
-    def forward(self, value: Tensor, dtype: torch.dtype) -> Tensor:           # value (B,)
-        return self.mlp(timestep_embedding(value).to(dtype))                  # (B, hidden_size)
+    def forward(self, value: Tensor, dtype: torch.dtype) -> Tensor:           # value (B,) or (B, n)
+        code = self.mlp(timestep_embedding(value.reshape(-1)).to(dtype))      # (B * n, hidden_size)
+        return code.reshape(len(value), -1)
 
 
 class Mlp(nn.Module):
-    """Two linear layers with tanh-GELU between."""
+    """Two linear layers with tanh-GELU between.
+
+    Without gradients, rows beyond MLP_ROWS go through in parts: at 4096 px the hidden layer of all tokens is four
+    times larger than anything else in a block.
+    """
 
     def __init__(self, channels: int, hidden: int, out: int, *, operations, dtype=None, device=None):
         super().__init__()
         self.fc1 = operations.Linear(channels, hidden, dtype=dtype, device=device)
         self.fc2 = operations.Linear(hidden, out, dtype=dtype, device=device)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:                                   # x (B, N, channels)
+        if x.shape[1] <= MLP_ROWS or torch.is_grad_enabled():
+            return self.part(x)
+        return torch.cat([self.part(rows) for rows in x.split(MLP_ROWS, dim=1)], dim=1)
+
+    def part(self, x: Tensor) -> Tensor:
         return self.fc2(nn.functional.gelu(self.fc1(x), approximate="tanh"))
 
 

@@ -44,6 +44,28 @@ class PixArtParams:
         return self.in_channels * (2 if self.learned_variance else 1)
 
 
+@dataclass(frozen=True)
+class ControlParams:
+    """A ControlNet-Transformer: copies of the first `num_blocks` blocks of a transformer with these numbers."""
+
+    num_blocks: int
+    hidden_size: int
+    num_heads: int
+    mlp_ratio: float
+    qk_norm: bool
+    kv_compress: KVCompress | None
+
+    @classmethod
+    def of(cls, base: PixArtParams, num_blocks: int) -> "ControlParams":
+        """Those of a ControlNet for `base`. Raises ValueError unless num_blocks is within 1 .. base.depth - 1."""
+        if not 1 <= num_blocks < base.depth:
+            raise ValueError(
+                f"A ControlNet for {base.depth} blocks has 1 to {base.depth - 1} copies of them, not {num_blocks}: "
+                "copy i steers block i + 1."
+            )
+        return cls(num_blocks, base.hidden_size, base.num_heads, base.mlp_ratio, base.qk_norm, base.kv_compress)
+
+
 # XL/2: PixArt-alpha diffusion/model/nets/PixArt.py:271; positions span [0, base_size / pe_interpolation).
 _XL_2 = PixArtParams(
     depth=28, hidden_size=1152, num_heads=16, in_channels=4, patch_size=2, mlp_ratio=4.0,
