@@ -70,3 +70,27 @@ def nearest(table: Table, height: float, width: float) -> tuple[float, int, int]
         raise ValueError(f"A picture of {width} x {height} pixels has no aspect ratio; give both sides above zero.")
     key = nearest_key(table, height / width)
     return key, *table[key]
+
+
+def merge_small(counts: dict[float, int], smallest: int, tolerance: float = 1.35) -> dict[float, float]:
+    """Where the pictures of each ratio go so that, if possible, no bucket has fewer than `smallest`: {ratio: ratio}.
+
+    A bucket that is too small joins its nearest neighbour (height / width at most `tolerance` times off, so that
+    little is cropped); one without such a neighbour stays, and its pictures are repeated to fill a batch.
+    """
+    members = {ratio: [ratio] for ratio, count in counts.items() if count}
+    sizes = {ratio: counts[ratio] for ratio in members}
+    alone = set()
+    while small := [ratio for ratio in members if sizes[ratio] < smallest and ratio not in alone]:
+        ratio = min(small, key=lambda key: (sizes[key], key))
+        near = [
+            other for other in members
+            if other != ratio and all(max(m / other, other / m) <= tolerance for m in members[ratio])
+        ]  # fmt: skip
+        if not near:
+            alone.add(ratio)
+            continue
+        target = min(near, key=lambda other: (max(ratio / other, other / ratio), -sizes[other]))
+        members[target] += members.pop(ratio)
+        sizes[target] += sizes.pop(ratio)
+    return {ratio: target for target, ratios in members.items() for ratio in ratios}
