@@ -14,14 +14,16 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from pixart_nodes.checkpoints import load_transformer
+from pixart_nodes.checkpoints import load_controlnet, load_transformer
+from pixart_nodes.checkpoints.controlnet import base_of
 from pixart_nodes.checkpoints.keys import POS_EMBED, Y_EMBEDDING, to_diffusers, to_native
 from pixart_nodes.data.buckets import TABLES, TEST_TABLES, nearest, nearest_key
-from pixart_nodes.diffusion import schedule
-from pixart_nodes.diffusion.losses import GaussianPosterior, diffusion_loss
+from pixart_nodes.diffusion import consistency, samplers, schedule
+from pixart_nodes.diffusion.losses import GaussianPosterior, diffusion_loss, mean_flat, pseudo_huber
 from pixart_nodes.model.embedders import ScalarEmbedder, timestep_embedding
 from pixart_nodes.model.position import position_table
 from pixart_nodes.text.captions import clean_caption, clean_caption_once, no_cleaning
+from pixart_nodes.vae import exact_tiles as vae_tiles
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ def compare(tolerance, name: str, ours, golden, gain: float = 1.0) -> tuple[floa
     other = ("gradients" in tolerance and "grad" in name) or ("for fp32" in tolerance and ours.dtype == torch.float32)
     limit = limits[1] if other else limits[0]
     if "max(1" in tolerance:
-        return error.max().item(), limit * max(1.0, golden.max().item())
+        return error.max().item(), limit * max(1.0, golden.max().item()) * gain
     return (error / golden.clamp(min=1e-300)).where(error > 0, 0).max().item(), limit
 
 
@@ -106,8 +108,21 @@ def call(model, inputs, **changes) -> Tensor:
     i = {**inputs, **changes}
     return model(
         i["x"], i["timestep"], i["y"].squeeze(1), i["mask"], i.get("img_hw"), i.get("aspect_ratio"),
-        learned_variance=True,
+        i.get("control"), learned_variance=True,
     )  # fmt: skip
+
+
+def controlnet(case: Case):
+    """The original's file with both halves, with a control latent and without."""
+    weights, inputs = case.tensors("weights"), case.tensors("in")
+    model, _ = load_transformer(base_of(weights), config=case.config)
+    net, _ = load_controlnet(weights, config=case.config)
+    branch = {"branches": [net.branch(inputs["c"])]}
+    controls = {"with_c": branch, "forward_with_dpmsolver": branch, "c_none": None}
+    for name, golden in case.tensors("out").items():
+        with torch.no_grad():
+            ours = call(model, inputs, control=controls[name])
+        yield name, ours[:, : model.params.in_channels] if "dpmsolver" in name else ours, golden
 
 
 def _with_cfg(model, inputs, case: Case) -> Tensor:
@@ -306,9 +321,234 @@ def iddpm_training_loss(case: Case):
             yield name, ours[name].detach(), golden[name]
 
 
+def fake_eps(kind: str, x: Tensor, t: Tensor, cond: Tensor | float = 0.0) -> Tensor:
+    """The stand-ins for a network with which the schedulers' golden trajectories were made; t broadcasts to x."""
+    if kind == "tanh":
+        return torch.tanh(0.8 * x + 0.5 * t / 1000 + 0.3 * cond)
+    tau = t / 1000 + 0.001
+    log_alpha = -(0.05 * tau + 4.975 * tau**2)
+    x0 = torch.tanh(0.6 * x - 0.4 * t / 1000 + 0.3 * cond)
+    return (x - log_alpha.exp() * x0) / (-torch.expm1(2 * log_alpha)).sqrt()
+
+
+def trajectory(sampler, eps_at, to_denoised, x: Tensor, sigmas: Tensor, timesteps, **options):
+    """Runs a k-diffusion sampler from the unit Gaussian x -> (the latents before each step, the predictions, the end).
+
+    eps_at(latent, t) -> noise; to_denoised(latent, eps, t) -> what the sampler's model returns. Latents are scaled to
+    the variance of the original's, not to k-diffusion's: in float64, because x0 at t = 999 multiplies the rounding of
+    going there and back by 157. The network and its x0 are float32, as in the fixture.
+    """
+    calls, timesteps = [], iter(timesteps)
+    x, sigmas = x.double(), sigmas.double()
+
+    def model(scaled, sigma):
+        t = next(timesteps)
+        latent = scaled / (1 + sigma[0] ** 2).sqrt()
+        calls.append((latent, to_denoised(latent.float(), eps_at(latent.float(), t), t)))
+        return calls[-1][1]
+
+    end = sampler(model, x * (1 + sigmas[0] ** 2).sqrt(), sigmas, disable=True, **options)
+    latents, predictions = zip(*calls, strict=True)
+    return latents, torch.stack(predictions), end / (1 + sigmas[-1] ** 2).sqrt()
+
+
+def lcm_scheduler(case: Case):
+    """Both grids. The original adds noise after the last step, too; its result is the last prediction, as ours.
+
+    The predictions of "vp" stay below 1, but what the division by 0.0064 at t = 999 multiplies is the rounding of x_T,
+    and math libraries round sqrt(1 - a) up or down there: that much more is allowed.
+    """
+    inputs, golden = case.tensors("in"), case.tensors("out")
+    alphas, levels = float32_alphas_cumprod(), schedule.sigmas()
+    for name, expected in golden.items():
+        if name.startswith("timesteps."):
+            _, grid, steps = name.split(".")
+            yield name, torch.tensor(samplers.lcm_timesteps(int(steps), grid)), expected
+            continue
+        grid, kind, steps, what = name.split(".")
+        timesteps = samplers.lcm_timesteps(int(steps), grid)
+        noise = iter(inputs["noise"])
+        before, denoised, end = trajectory(
+            samplers.sample_lcm,
+            lambda x, t, kind=kind: fake_eps(kind, x, torch.tensor(float(t))),
+            lambda x, eps, t: consistency.consistency_function(x, eps, torch.full((len(x),), t), alphas),
+            inputs["x_T"], torch.tensor([*levels[timesteps], 0.0]), timesteps,
+            noise_sampler=lambda *_, noise=noise: next(noise),
+        )  # fmt: skip
+        gain = max(1.0, inputs["x_T"].abs().max().item()) if kind == "vp" else 1.0
+        if what == "denoised":
+            yield name, denoised, expected, gain
+        else:
+            after = torch.stack([*before[1:], end])
+            compared = len(after) if grid == "diffusers" or len(after) == 1 else len(after) - 1
+            yield name, after[:compared], expected[:compared], gain
+
+
+def dpm_solver(case: Case):
+    """DPM-Solver++ 2M on the grids of both repositories and of diffusers, and the schedule between two timesteps."""
+    inputs, golden = case.tensors("in"), case.tensors("out")
+    table = 0.5 * schedule.alphas_cumprod().log()
+    for name, expected in golden.items():
+        if name.startswith("noise_schedule."):
+            yield name, _noise_schedule_vp(table, name.split(".")[1], inputs["t_continuous"].double()), expected
+        elif name.startswith("original_"):
+            yield name, _dpm_original(table, inputs, *name.removeprefix("original_").split(".", 1)), expected
+        elif name.startswith("diffusers_"):
+            variant, *rest = name.removeprefix("diffusers_").split(".")
+            ours = _dpm_diffusers(inputs, golden[f"diffusers.{rest[-2]}.timesteps"], variant, rest)
+            yield name, ours, expected
+        else:                                  # diffusers' timesteps are the original's, rounded to the nearest
+            steps = int(name.split(".")[1])
+            yield name, samplers.original_timesteps(steps)[:-1].round().long(), expected
+    for steps, row in case.entry["steps"].items():
+        ours = samplers.original_timesteps(int(steps))[:-1]
+        yield f"{steps} timesteps", ours, torch.tensor(row["original_model_timesteps"])
+
+
+def _noise_schedule_vp(table, quantity: str, time: Tensor) -> Tensor:
+    """The original's functions of continuous time, 0.001 to 1."""
+    log_alpha = schedule.log_alpha_at(table, 1000 * time - 1)
+    log_sigma = 0.5 * torch.log(-torch.expm1(2 * log_alpha))
+    return {
+        "log_alpha": log_alpha, "sigma": log_sigma.exp(), "lambda": log_alpha - log_sigma,
+        "inverse_lambda_of_lambda": (schedule.timestep_at(table, log_alpha) + 1) / 1000,
+    }[quantity]  # fmt: skip
+
+
+def _dpm_original(table, inputs, repository: str, what: str) -> Tensor:
+    kind, steps, result = re.fullmatch(r"(.+)\.(\d+)\.(\w+)", what).groups()
+    kind, _, scale = kind.partition("_cfg")
+    timesteps = samplers.original_timesteps(int(steps))
+    # In float32, as the original: 1 - alphas_cumprod loses four digits at t = 0, which guidance makes visible.
+    alpha = schedule.log_alpha_at(table.float(), timesteps).exp()
+    sigmas = (1 - alpha**2).sqrt() / alpha
+
+    def eps_at(x, t):
+        eps = fake_eps(kind, x, t)
+        return eps + float(scale) * (fake_eps(kind, x, t, inputs["cond"]) - eps) if scale else eps
+
+    first_order = samplers.lower_order_final(repository, int(steps))
+    latents = _dpm_latents(eps_at, inputs["x_T"], sigmas, timesteps[:-1].float(), first_order)
+    return latents[-1] if result == "final" else latents
+
+
+def _dpm_diffusers(inputs, timesteps, variant: str, rest) -> Tensor:
+    """diffusers' grid and its last step: of first order below 15 steps and to sigma 0."""
+    levels = schedule.sigmas()
+    sigmas = torch.tensor([*levels[timesteps], 0.0 if variant == "zero" else levels[0]])
+    if rest[-1] == "sigmas":
+        return sigmas
+    return _dpm_latents(
+        lambda x, t: fake_eps(rest[0], x, t), inputs["x_T"], sigmas, timesteps.float(), len(timesteps) < 15
+    )
+
+
+def _dpm_latents(eps_at, x, sigmas, timesteps, first_order: bool) -> Tensor:
+    """The latents after each step."""
+    level = dict(zip(timesteps.tolist(), sigmas, strict=False))
+    before, _, end = trajectory(
+        samplers.sample_dpmpp_2m, eps_at,
+        lambda x, eps, t: x * (1 + level[float(t)] ** 2).sqrt() - level[float(t)] * eps,
+        x, sigmas, timesteps, lower_order_final=first_order,
+    )  # fmt: skip
+    return torch.stack([*before[1:], end])
+
+
+def lcm_train_pieces(case: Case):
+    """Boundary scalings, the DDIM solver and x0. The pack has no v-prediction; that number is derived here."""
+    inputs, solver = case.tensors("in"), consistency.DDIMSolver(case.config["num_ddim_timesteps"])
+    a = float32_alphas_cumprod()[inputs["timesteps"]]
+    sample, output, index = inputs["sample"], inputs["model_output"], torch.arange(len(solver.timesteps))
+    c_skip, c_out = consistency.boundary_scalings(inputs["t"])
+    ours = {
+        "c_skip": c_skip, "c_out": c_out, "ddim_timesteps": solver.timesteps,
+        "ddim_alpha_cumprods": solver.alphas[solver.timesteps],
+        "ddim_alpha_cumprods_prev": solver.alphas[solver.before(index)],
+        "ddim_step": solver.step(inputs["pred_x0"], inputs["pred_noise"], inputs["index"]),
+        "predicted_origin_epsilon": schedule.predict_x0(sample, output, a),
+        "predicted_origin_v": a.view(-1, 1, 1, 1).sqrt() * sample - (1 - a).view(-1, 1, 1, 1).sqrt() * output,
+    }  # fmt: skip
+    for name, golden in case.tensors("out").items():
+        # x0 divides by sqrt(a), 0.0064 at t = 999, where math libraries round sqrt(1 - a) up or down.
+        gain = float(1 / a.min().sqrt()) if name == "predicted_origin_epsilon" else 1.0
+        yield name, ours[name], golden, gain
+
+
+def lcm_distill_loss(case: Case):
+    """Whole distillation steps, with all that happens on the way, and the student's gradients."""
+    golden, inputs = case.tensors("out"), case.tensors("in")
+    for run, settings in case.entry["runs"].items():
+        ours = _distillation(case, inputs, run, settings)
+        for name in (name for name in golden if name.startswith(run + ".")):
+            yield name, ours[name.removeprefix(run + ".")].detach(), golden[name]
+
+
+def _distillation(case: Case, inputs, run: str, settings) -> dict[str, Tensor]:
+    load = {"student": None, "ema": None, "teacher": None}
+    for role in load:
+        load[role], _ = load_transformer(case.tensors(settings[role]), config=case.config)
+
+    def eps(role, x, t, caption=None):
+        return call(load[role], inputs, x=x, timestep=t.float(), **caption or {})[:, :4]
+
+    solver = consistency.DDIMSolver(case.config["num_ddim_timesteps"])
+    index, w = inputs[f"{run}.index"], settings["cfg_scale"]
+    w = inputs[w.removeprefix("in.")] if isinstance(w, str) else torch.full((len(index),), float(w))
+    start, before = solver.timesteps[index], solver.before(index)
+    x = schedule.add_noise(inputs["latents"], inputs["noise"], solver.alphas[start])
+    prediction = consistency.consistency_function(x, eps("student", x, start), start, solver.alphas)
+    null = load["teacher"].y_embedder.y_embedding.expand_as(inputs["y"])
+    with torch.no_grad():
+        cond, uncond = eps("teacher", x, start), eps("teacher", x, start, {"y": null})
+        x_prev = consistency.guided_teacher_step(solver, x, cond, uncond, index, w + 1)
+        ema_eps = eps("ema", x_prev, before)
+    target = consistency.lcm_target(solver, lambda x, t: eps("ema", x, t), x, cond, uncond, index, w + 1)
+    if settings["loss_type"] == "huber":
+        loss = pseudo_huber(prediction, target, settings["huber_c"]).mean()
+    else:
+        loss = mean_flat((prediction - target) ** 2).mean()
+    loss.backward()
+    gradients = {name: p.grad for name, p in load["student"].named_parameters() if p.grad is not None}
+    guided, at_start = cond + w.view(-1, 1, 1, 1) * (cond - uncond), solver.alphas[start]
+    scalings = {f"{c}{at}": value.view(-1, 1, 1, 1) for at, t in (("_start", start), ("", before))
+                for c, value in zip(("c_skip", "c_out"), consistency.boundary_scalings(t), strict=True)}  # fmt: skip
+    return {
+        "start_timesteps": start, "timesteps": before, "w": w.view(-1, 1, 1, 1), "noisy_model_input": x,
+        "model_pred": prediction, "cond_teacher_output": cond, "uncond_teacher_output": uncond,
+        "cond_pred_x0": schedule.predict_x0(x, cond, at_start), "pred_noise": guided,
+        "uncond_pred_x0": schedule.predict_x0(x, uncond, at_start),
+        "pred_x0": schedule.predict_x0(x, guided, at_start), "x_prev": x_prev, "target": target, "loss": loss,
+        "ema_pred_x0": schedule.predict_x0(x_prev, ema_eps, solver.alphas[before]),
+        "grad_norm_all": torch.stack([g.norm() for g in gradients.values()]).norm(),
+        **scalings, **{f"grad.{name}": gradient for name, gradient in gradients.items()},
+    }  # fmt: skip
+
+
+def autoencoder_kl(case: Case):
+    """Decode and encode in tiles, against diffusers' in one piece; tiles of several sizes, none of which divides."""
+    from diffusers import AutoencoderKL
+
+    levels = len(case.config["block_out_channels"])
+    blocks = {"down_block_types": ["DownEncoderBlock2D"] * levels, "up_block_types": ["UpDecoderBlock2D"] * levels}
+    vae = AutoencoderKL.from_config({**case.config, **blocks}).eval()
+    vae.load_state_dict(case.tensors("weights"))
+    inputs, golden = case.tensors("in"), case.tensors("out")
+    for tile in (40, 72, 512):
+        mean, log_variance = vae_tiles.encode(vae, inputs["image"], tile=tile).chunk(2, dim=1)
+        log_variance = log_variance.clamp(-30, 20)
+        ours = {
+            "decode": vae_tiles.decode(vae, inputs["z"], tile=tile), "encode_mean": mean,
+            "encode_logvar": log_variance,
+            "encode_sample": mean + (0.5 * log_variance).exp() * inputs["posterior_eps"],
+        }  # fmt: skip
+        for name in golden:
+            yield f"{name}, tile {tile}", ours[name], golden[name]
+
+
 # By the beginning of a case's name; the longest that fits counts.
 CHECKS = {
     "transformer": transformer,
+    "controlnet": controlnet,
     "key_map": key_map,
     "pos_embed_tables": pos_embed_tables,
     "timestep_size_embeddings": timestep_size_embeddings,
@@ -317,17 +557,15 @@ CHECKS = {
     "caption_cleaning": caption_cleaning,
     "aspect_ratios": aspect_ratios,
     "iddpm_training_loss": iddpm_training_loss,
+    "lcm_scheduler": lcm_scheduler,
+    "dpm_solver": dpm_solver,
+    "lcm_train_pieces": lcm_train_pieces,
+    "lcm_distill_loss": lcm_distill_loss,
+    "autoencoder_kl": autoencoder_kl,
 }
 
 # What later issues bring, and where: test_goldens.py expects these to fail until then.
-LATER = {
-    "controlnet": "model.controlnet",
-    "lcm_scheduler": "diffusion.samplers",
-    "dpm_solver": "diffusion.samplers",
-    "lcm_train_pieces": "diffusion.consistency",
-    "lcm_distill_loss": "diffusion.consistency",
-    "autoencoder_kl": "vae.exact_tiles",
-}
+LATER: dict[str, str] = {}
 
 
 def lookup(table: dict, name: str):

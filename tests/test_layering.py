@@ -9,19 +9,20 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "pixart_nodes"
 
-COMFYUI = {"comfy", "comfy_api", "comfy_execution", "folder_paths", "server"}
+COMFYUI = {"comfy", "comfy_api", "comfy_execution", "folder_paths", "latent_preview", "server"}
 
 # The standard library is always allowed. A dotted name allows that module only.
 ALLOWED = {
     "model": {"torch", "einops"},
-    "diffusion": {"torch", "einops"},
+    "diffusion": {"torch", "einops", "tqdm"},
     "checkpoints": {"torch", "safetensors", "model"},
     "vae": {"torch"},
     "text": {"torch", "transformers", "tokenizers", "sentencepiece", "ftfy", "bs4"},
-    "data": {"torch", "PIL", "checkpoints.files"},
+    "data": {"torch", "numpy", "PIL", "transformers", "diffusers", "accelerate",
+             "checkpoints.files", "checkpoints.configs", "text"},
     "training": {"torch", "accelerate", "peft", "bitsandbytes", "diffusers",
                  "model", "diffusion", "checkpoints", "data"},
-    "comfy_bridge": {"torch", *COMFYUI, "model", "diffusion", "checkpoints", "vae", "text"},
+    "comfy_bridge": {"torch", "bitsandbytes", *COMFYUI, "model", "diffusion", "checkpoints", "vae", "text"},
     "jobs": {"server", "training.config", "training.run_dir", "training.events"},
     "nodes": {"torch", *COMFYUI, "comfy_bridge", "jobs", "text", "data", "training.config"},
 }

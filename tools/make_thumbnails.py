@@ -23,11 +23,27 @@ SIDE = 384  # px
 THUMBNAILS = {
     "text_to_image_tiny": ("text_to_image_tiny", None),
     "image_to_image": ("image_to_image", None),
+    "lcm_4_steps_tiny": ("lcm_4_steps_tiny", None),
     "text_to_image_alpha_1024": ("text_to_image_tiny", "a large green star in the center, on a navy background"),
     "text_to_image_sigma_1024": (
         "text_to_image_tiny",
         "A large orange ring at the left and a large purple triangle at the right on a sky blue checkered background, "
         "with a small white circle at the top.",
+    ),
+    "lcm_alpha_1024": ("text_to_image_tiny", "a large yellow circle at the top right, on a dark green background"),
+    "dmd_one_step": ("text_to_image_tiny", "a large white star in the center, on a sky blue background"),
+    "lora": ("text_to_image_tiny", "a large purple ring in the center and a small orange star at the top left"),
+    "low_vram_8gb": ("text_to_image_tiny", "a small red square in the center, on a beige background"),
+    "controlnet_tiny": ("text_to_image_tiny", "a large black cross at the left and a large white cross at the right"),
+    "controlnet_hed_1024": ("text_to_image_tiny", "a large green triangle in the center, on a pink background"),
+    "sigma_4k_tiny": (
+        "text_to_image_tiny",
+        "a large red circle at the top left, a large blue star at the bottom right, a small yellow ring in the center",
+    ),
+    "sigma_2k": ("text_to_image_tiny", "a large blue triangle at the bottom and a small white circle at the top right"),
+    "sigma_4k_two_stage": (
+        "text_to_image_tiny",
+        "a large orange star at the left and a large green ring at the right, on a navy checkered background",
     ),
 }
 

@@ -23,6 +23,8 @@ tolerance says so; the one nearest to its tolerance is shown. Texts, names and s
 
 Guidance `uncond + s (cond - uncond)` adds the rounding of two passes up to `2 s - 1` times, so its guided channels
 are allowed that much more than a single pass: evaluated in float64 they are 1.4e-5 away from the fixture as well.
+The same holds where x0 is computed from eps, which divides by 0.0064 at t = 999: there math libraries round
+`sqrt(1 - a)` up or down (with AVX2 code the fixtures are met to 6e-6 and 0).
 
 | case | compared | largest error | at | tolerance |
 |---|---|---|---|---|"""

@@ -5,6 +5,7 @@ import sys
 
 import comfy.model_management
 import comfy.model_patcher
+import comfy.sample
 from comfy_api.latest import io
 from comfy_execution.utils import get_executing_context
 
@@ -25,12 +26,26 @@ def model_patcher_class(disable_dynamic: bool = False):
     return getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
 
 
+def clone_without_dynamic(model):
+    """A clone of a MODEL whose weights ComfyUI does not stream in by itself (DynamicVRAM), as torch.compile needs."""
+    if "disable_dynamic" in inspect.signature(model.clone).parameters:
+        return model.clone(disable_dynamic=True)
+    return model.clone()
+
+
 def load_model_weights(model, state_dict, patcher):
     """Loads into a BaseModel; a dynamic patcher keeps the file's own tensors instead of copying them (0.12)."""
     if "assign" in inspect.signature(model.load_model_weights).parameters:
         model.load_model_weights(state_dict, "", assign=patcher.is_dynamic())
     else:
         model.load_model_weights(state_dict, "")
+
+
+def fit_empty_latent(model, latent: dict):
+    """The samples of a LATENT; empty ones made for other models get this model's channels and, since 0.16, its size."""
+    fit = comfy.sample.fix_empty_latent_channels
+    known = inspect.signature(fit).parameters
+    return fit(model, latent["samples"], **{name: value for name, value in latent.items() if name in known})
 
 
 def check_interrupt():

@@ -4,7 +4,20 @@ from comfy_api.latest import ComfyExtension
 
 from ..comfy_bridge.compat import register_replacements
 from ..comfy_bridge.model_files import register_bundled_models
-from . import loaders, resolution, sampling, text
+from . import (
+    cache_features,
+    control,
+    dataset,
+    few_step,
+    highres,
+    highres_vae,
+    loaders,
+    lora,
+    resolution,
+    sampling,
+    speed,
+    text,
+)
 from .replacements import REPLACEMENTS
 
 
@@ -13,7 +26,12 @@ class PixArtExtension(ComfyExtension):
         await register_replacements(REPLACEMENTS)
 
     async def get_node_list(self):
-        return [*loaders.NODES, *text.NODES, *resolution.NODES, *sampling.NODES]
+        return [
+            *loaders.NODES, *text.NODES, *resolution.NODES, *sampling.NODES,
+            *control.NODES, *few_step.NODES, *highres.NODES, *highres_vae.NODES, *lora.NODES,
+            *speed.NODES,
+            *dataset.NODES, *cache_features.NODES,
+        ]  # fmt: skip
 
 
 def extension() -> PixArtExtension:

@@ -73,13 +73,14 @@ REPLACEMENTS = [
         "output_mapping": [{"new_idx": 0, "old_idx": 0}],
     },
     {
-        "new_node_id": "LoraLoaderModelOnly",
+        "new_node_id": "PixArtLoadLora",
         "old_node_id": "PixArtLoraLoader",
         "old_widget_ids": ["lora_name", "strength"],
         "input_mapping": [
             {"new_id": "model", "old_id": "model"},
             {"new_id": "lora_name", "old_id": "lora_name"},
-            {"new_id": "strength_model", "old_id": "strength"},
+            {"new_id": "strength", "old_id": "strength"},
+            {"new_id": "alpha", "set_value": 0.0},
         ],
         "output_mapping": [{"new_idx": 0, "old_idx": 0}],
     },

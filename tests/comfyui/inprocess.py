@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 PACK = Path(__file__).parents[2]
-EXTRA_NODES = ("nodes_custom_sampler", "nodes_model_advanced", "nodes_easycache")
+EXTRA_NODES = ("nodes_custom_sampler", "nodes_model_advanced", "nodes_easycache", "nodes_model_merging")
 
 
 class Server:

@@ -31,7 +31,11 @@ def test_a_graph_runs_through_the_executor(comfy):
     assert list((comfy.base / "output").glob("graph*.latent"))
 
 
-@pytest.mark.parametrize("name", ["PixArtLoadModel", "PixArtSampling", "PixArtResolution"])
+@pytest.mark.parametrize(
+    "name",
+    ["PixArtLoadModel", "PixArtSampling", "PixArtResolution", "PixArtLCMSampler", "PixArtLCMSample", "PixArtDMDSampler",
+     "PixArtLoadControlNet", "PixArtApplyControlNet", "PixArtHEDEdges"],
+)
 def test_every_widget_is_explained_and_every_node_has_a_help_page(comfy, name):
     schema = comfy.classes[name].define_schema()
     assert schema.description

@@ -10,7 +10,8 @@ from PIL import Image
 
 from tools.comfy_client import ComfyError, images
 
-NODES = ("PixArtLoadModel", "PixArtLoadT5", "PixArtTextEncode", "PixArtResolution", "PixArtSampling")
+NODES = ("PixArtLoadModel", "PixArtLoadT5", "PixArtTextEncode", "PixArtResolution", "PixArtSampling",
+         "PixArtLoadControlNet", "PixArtApplyControlNet", "PixArtHEDEdges")
 
 
 def picture(width=128, height=96):
