@@ -22,7 +22,7 @@ STAGES = {"pixel": "#3f789e", "alignment": "#b5651d", "aesthetics": "#2e7d4f"}
 WIDTH, HEIGHT = 960, 420  # px
 LEFT, RIGHT, TOP, BOTTOM = 70, 20, 30, 50  # px around the plot
 PAPER, INK, RULE = "white", "#222222", "#dddddd"
-TICKS = (0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0)
+TICKS = (0.003, 0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0)
 
 
 def curves(work: Path) -> dict[str, list[tuple[int, float]]]:
@@ -55,9 +55,12 @@ def draw(found: dict[str, list[tuple[int, float]]]) -> Image.Image:
             y = place(0, tick)[1]
             pen.line([(LEFT, y), (WIDTH - RIGHT, y)], fill=RULE)
             pen.text((LEFT - 8, y), f"{tick:g}", fill=INK, font=font, anchor="rm")
+    free = 0.0  # px: where the last label ends
     for stage, line in found.items():
         pen.line([place(*point) for point in line], fill=STAGES[stage], width=2)
-        pen.text((place(*line[0])[0] + 4, HEIGHT - BOTTOM + 6), stage, fill=STAGES[stage], font=font)
+        x = max(place(*line[0])[0], free)
+        pen.text((x, HEIGHT - BOTTOM + 6), stage, fill=STAGES[stage], font=font)
+        free = x + font.getlength(stage) + 12
     pen.text((WIDTH - RIGHT, HEIGHT - 20), f"{steps} updates", fill=INK, font=font, anchor="rm")
     pen.text((LEFT, 14), "error of the predicted noise, weighted as trained", fill=INK, font=font, anchor="lm")
     return sheet

