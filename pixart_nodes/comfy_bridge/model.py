@@ -199,8 +199,8 @@ def load_pixart(
         state_dict = quantize.quantize(state_dict, block_matrices(state_dict), weight_dtype, os.path.basename(path))
 
     model = PixArtModel(config, detection, os.path.basename(path)).eval()
-    # DynamicVRAM would add a LoRA to packed bytes; the patcher without it asks the layer.
-    patcher = compat.model_patcher_class(disable_dynamic or quantized)(model, load_device, offload_device)
+    patcher_class = quantize.Patcher if quantized else compat.model_patcher_class(disable_dynamic)
+    patcher = patcher_class(model, load_device, offload_device)
     patcher.hook_mode = EnumHookMode.MinVram if quantized else patcher.hook_mode  # the other caches plain weights
     if not mm.is_device_cpu(offload_device):
         model.to(offload_device)

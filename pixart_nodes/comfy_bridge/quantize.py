@@ -9,6 +9,7 @@ activations as well, in fp16, whose range T5 exceeds.
 from functools import lru_cache
 
 import comfy.model_management as mm
+import comfy.model_patcher
 import comfy.ops
 import torch
 from torch import Tensor
@@ -106,11 +107,13 @@ class QuantizedLinear:
 
     ComfyUI's patcher gives a LoRA to `convert_weight` and takes it back with `set_weight`. A patched weight is kept
     plain as long as the patch lasts: most LoRA updates are smaller than half a quantisation step and would be rounded
-    away. The packed bytes come back when ComfyUI restores its backup.
+    away. The packed bytes come back when ComfyUI restores its backup. Schedules of LoRAs (hooks) restore in place, so
+    theirs is kept beside the bytes, until the Patcher drops it.
     """
 
     quantization: str
     plain_dtype = torch.float32
+    scheduled: Tensor | None = None  # (out, in)
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         weight = state_dict.get(f"{prefix}weight")
@@ -124,7 +127,10 @@ class QuantizedLinear:
         if not is_packed(self.weight):
             return super().forward(x)
         comfy.ops.run_every_op()
-        weight = self.plain(mm.cast_to_device(self.weight, x.device, None), x.dtype)  # (out, in)
+        if self.scheduled is None:
+            weight = self.plain(mm.cast_to_device(self.weight, x.device, None), x.dtype)  # (out, in)
+        else:
+            weight = mm.cast_to_device(self.scheduled, x.device, x.dtype, copy=bool(self.weight_function))
         for function in self.weight_function:
             weight = function(weight)
         bias = self.bias
@@ -144,15 +150,29 @@ class QuantizedLinear:
     def set_weight(
         self, weight: Tensor, inplace_update: bool = False, seed=None, return_weight: bool = False, **kwargs
     ):
-        """Takes the patched plain weight, or returns it. In place (schedules of LoRAs) it is packed again."""
+        """Takes the patched plain weight, or returns it. In place: from a schedule of LoRAs."""
         if return_weight:
             return weight
-        if inplace_update:
-            packed = is_packed(self.weight)
-            self.weight.data.copy_(pack(weight, self.quantization) if packed else weight)
-        else:
+        if not inplace_update:
             plain_dtype = self.plain_dtype if is_packed(self.weight) else self.weight.dtype
             self.weight = torch.nn.Parameter(weight.to(plain_dtype), requires_grad=False)
+        elif is_packed(self.weight):
+            self.scheduled = weight.to(self.plain_dtype)
+        else:
+            self.weight.data.copy_(weight)
+
+
+class Patcher(comfy.model_patcher.ModelPatcher):
+    """ComfyUI's patcher, which also takes back what a schedule of LoRAs (hooks) keeps beside packed weights.
+
+    Not the dynamic one, which would add a LoRA to packed bytes.
+    """
+
+    def unpatch_hooks(self, whitelist_keys_set: set[str] | None = None):
+        super().unpatch_hooks(whitelist_keys_set)
+        for name, layer in self.model.named_modules():
+            if isinstance(layer, QuantizedLinear) and f"{name}.weight" not in self.hook_backup:
+                layer.scheduled = None
 
 
 def is_packed(weight: Tensor | None) -> bool:

@@ -1,8 +1,10 @@
 """A MODEL as a checkpoint file: its weights with LoRAs merged in, and the KV compression of its patches."""
 
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
+import comfy.float
 import comfy.lora
 import folder_paths
 import torch
@@ -29,7 +31,7 @@ def save_model(model, name: str, folder: str, dtype: str) -> Path:
     path = free_path(destination(folder), name)
     own, added = as_plan(pixart.params.kv_compress), plan_of(model.model_options["transformer_options"])
     params = replace(pixart.params, kv_compress=as_kv_compress(own | added))
-    weights = merged_weights(model)
+    weights = merged_weights(model, DTYPES[dtype])
     if added:
         kept = weights["t_block.1.weight"].dtype
         start = untrained_tensors(params, as_kv_compress(added))
@@ -63,19 +65,23 @@ def free_path(folder: Path, name: str) -> Path:
     return free
 
 
-def merged_weights(model) -> dict[str, Tensor]:
+def merged_weights(model, dtype: torch.dtype | None) -> dict[str, Tensor]:
     """The network's tensors under native names on the CPU, with the patches of LoRA loaders and merges applied.
 
-    Quantised weights come plain, in the numbers of the layers beside them. The MODEL stays as it is, loaded or not.
+    In `dtype`, or with None as loaded, where quantised weights get the dtype of the layers beside them. Patched ones
+    are rounded as ComfyUI rounds them to sample: in fp8 at random, by its seed, which keeps the mean of small updates.
+    The MODEL stays as it is, loaded or not.
     """
     stored = model.get_key_patches(PREFIX)  # {name: [(tensor, how to make it plain), patch, ...]}
     beside = stored[f"{PREFIX}t_block.1.weight"][0][0].dtype
     merged = {}
     for key, ((tensor, plain), *patches) in stored.items():
+        kept = dtype or (tensor.dtype if tensor.is_floating_point() else beside)
         weight = plain(tensor.cpu())
         if patches:
             weight = comfy.lora.calculate_weight(patches, weight.to(torch.float32, copy=True), key)
-        merged[key.removeprefix(PREFIX)] = weight.to(tensor.dtype if tensor.is_floating_point() else beside)
+            weight = comfy.float.stochastic_rounding(weight, kept, seed=zlib.crc32(key.encode()))
+        merged[key.removeprefix(PREFIX)] = weight.to(kept)
     return merged
 
 

@@ -154,6 +154,8 @@ def load_clip(path, dtype, device, embedding_directory, disable_dynamic=False) -
         clip=partial(comfy.sd1_clip.SD1ClipModel, name=NAME, clip_model=partial(T5Encoder, params=params)),
     )
     clip = make_clip(target, weights, params.num_parameters, embedding_directory, model_options, disable_dynamic)
+    if dtype in quantize.KINDS:
+        clip.patcher.__class__ = quantize.Patcher  # comfy.sd.CLIP makes its patcher itself
     clip.patcher.cached_patcher_init = (load_patcher, (path, dtype, device, embedding_directory))
     return clip
 

@@ -42,6 +42,25 @@ def sigma(load_model):
 
 
 @pytest.fixture
+def loras(comfy):
+    folder = comfy.folder("loras")
+    yield folder
+    shutil.rmtree(folder)
+    folder.mkdir()
+
+
+@pytest.fixture
+def load_lora(comfy):
+    """PixArt Load LoRA with its widgets' defaults -> (MODEL, what the node shows)."""
+
+    def load(model, name, strength=1.0, alpha=0.0):
+        output = comfy.classes["PixArtLoadLora"].execute(model=model, lora_name=name, strength=strength, alpha=alpha)
+        return output.result[0], output.ui.as_dict()["text"][0]
+
+    return load
+
+
+@pytest.fixture
 def folder(comfy, request):
     """An empty folder for one text encoder, and its name in the loader."""
     name = "".join(c if c.isalnum() else "_" for c in request.node.name)

@@ -289,14 +289,63 @@ def test_the_chosen_dtype_is_written(comfy, sigma, dtype, expected):
 
 
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
-def test_quantised_models_are_saved_plain(comfy, load_model, kind):
+@pytest.mark.parametrize("strength", [0.0, 0.7])
+@pytest.mark.parametrize("state", ["fresh", "loaded", "offloaded"])
+def test_a_saved_quantised_model_is_a_plain_file_that_draws_the_same(comfy, load_model, kind, strength, state):
+    """With a LoRA of PixArt Load LoRA or without, wherever the weights are while the model is saved."""
     pytest.importorskip("bitsandbytes")
-    model = compress(comfy, load_model(weight_dtype=kind), "all")
-    path = save(comfy, model, f"from_{kind}")
-    assert all(tensor.is_floating_point() for tensor in load_file(path).values())
-    expected = denoised(model)
-    again = denoised(reload(comfy, load_model, path))
-    assert (again - expected).norm() < 0.02 * (expected - noise()).norm()
+    model = load_model(weight_dtype=kind)
+    if strength:
+        lora = lora_of_qkv(comfy)
+        (model,) = comfy.call("PixArtLoadLora", model=model, lora_name=lora, strength=strength, alpha=0.0)
+    if state == "loaded":
+        denoised(model)
+    if state == "offloaded":
+        model.patch_model(model.load_device, lowvram_model_memory=1)
+    path = save(comfy, compress(comfy, model, "2"), f"{kind}_{state}")
+    expected = denoised(compress(comfy, model, "2"))
+    found, shapes = load_file(path), save_random(path.with_name("shapes.safetensors"), SIGMA, "sigma")
+    assert {name: found[name].shape for name in shapes} == {name: tensor.shape for name, tensor in shapes.items()}
+    assert {tensor.dtype for tensor in found.values()} == {torch.float32}
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    assert detect(found, metadata).params == replace(SIGMA, kv_compress=KVCompress("conv", 2, (2,)))
+    assert (f"{SIGMA.depth} weights patched" in metadata["pixart.origin"]) == bool(strength)
+    again = reload(comfy, load_model, path)
+    assert (denoised(again) - expected).abs().max() < 1e-4
+
+
+@torch.inference_mode()
+def test_a_saved_fp8_model_draws_the_same_with_its_lora(comfy, load_model):
+    model = load_model(weight_dtype="fp8_e4m3fn")
+    (patched,) = comfy.call("PixArtLoadLora", model=model, lora_name=lora_of_qkv(comfy), strength=0.7, alpha=0.0)
+    path = save(comfy, patched, "fp8")
+    assert load_file(path)["blocks.1.attn.qkv.weight"].dtype == torch.float8_e4m3fn
+    model.detach()
+    patched.patch_model(patched.load_device)
+    expected = patched.model.diffusion_model.state_dict()
+    assert all(t.float().equal(expected[name].float()) for name, t in load_file(path).items() if name in expected)
+    patched.detach()
+    again = reload(comfy, load_model, path)
+    assert (denoised(again) - denoised(patched)).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("weight_dtype", ["fp8_e4m3fn", "fp16", "int8"])
+def test_a_lora_is_merged_in_the_dtype_that_is_written(comfy, load_model, weight_dtype):
+    """Not in that of the model, which rounds small updates away."""
+    pytest.importorskip("bitsandbytes")
+    name, strength = "blocks.1.attn.qkv.weight", 1e-4
+    model = load_model(weight_dtype=weight_dtype)
+    lora = lora_of_qkv(comfy)
+    files = []
+    for sign in (1, -1):
+        (patched,) = comfy.call("PixArtLoadLora", model=model, lora_name=lora, strength=sign * strength, alpha=0.0)
+        files.append(load_file(save(comfy, patched, f"small_{weight_dtype}", dtype="fp32"))[name])
+    tensors = load_file(comfy.folder("loras") / lora)
+    base = "transformer.transformer_blocks.1.attn1.to_"
+    update = torch.cat([tensors[f"{base}{x}.lora_B.weight"] @ tensors[f"{base}{x}.lora_A.weight"] for x in "qkv"])
+    change = 2 * strength * 8 / 4 * update  # PEFT's default alpha, rank 4
+    assert (files[0] - files[1] - change).norm() < 1e-3 * change.norm()
 
 
 def test_a_full_disk_leaves_nothing_behind(comfy, sigma, monkeypatch):

@@ -211,6 +211,83 @@ def test_a_lora_below_half_a_quantisation_step_is_not_rounded_away(load_model):
     assert relative(denoised(stronger), before) == pytest.approx(10 * small, rel=0.1)
 
 
+def hooks(strength, seed=0):
+    """A schedule of LoRAs (hooks) that has all of its strength from the start."""
+    import comfy.hooks
+
+    hook = comfy.hooks.WeightHook(strength_model=strength)
+    hook.weights, hook.need_weight_init = lora(strength=0.05, seed=seed)[0], False
+    group = comfy.hooks.HookGroup()
+    group.add(hook)
+    return group
+
+
+def scheduled(comfy, model, first, second):
+    return sample(comfy, model, prompt(7, 1, hooks=first), prompt(3, 2, **({"hooks": second} if second else {})))
+
+
+@every_kind
+def test_a_scheduled_lora_is_as_exact_as_a_connected_one(comfy, load_model, kind):
+    model = load_model(weight_dtype=kind)
+    before, patched = sample(comfy, model), model.clone()
+    patched.add_patches(lora(strength=0.05)[0], 0.1)
+    expected, group = sample(comfy, patched), hooks(0.1)
+    found = scheduled(comfy, model, group, group)
+    assert 0 < (expected - before).norm() and (found - expected).norm() < 0.001 * (expected - before).norm()
+    assert all(getattr(layer, "scheduled", None) is None for layer in model.model.modules())
+    assert sample(comfy, model).equal(before)
+
+
+@pytest.mark.parametrize("connected", [False, True])
+def test_a_scheduled_lora_reaches_offloaded_layers(load_model, connected):
+    """Beside a connected one too, which ComfyUI adds at each call then."""
+    model = load_model(weight_dtype="nf4")
+    one = model.clone()
+    if connected:
+        one.add_patches(lora(strength=0.05, seed=1)[0], 0.5)
+    both = one.clone()
+    both.add_patches(lora(strength=0.05)[0], 0.5)
+    offload(both)
+    expected = forward(both)
+    both.detach()
+    offload(one)
+    alone, group = forward(one), hooks(0.5)
+    apply_hooks(one, group, lora(strength=0.05)[0], 0.5)
+    for _ in range(2):
+        assert relative(forward(one) - alone, expected - alone) < 0.001
+    one.patch_hooks(None)
+    assert forward(one).equal(alone)
+    one.detach()
+
+
+def apply_hooks(patcher, group, patches, strength):
+    patcher.add_hook_patches(group.hooks[0], patches, strength)
+    patcher.patch_hooks(group)
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_a_scheduled_lora_adds_to_a_connected_one(comfy, load_model, kind):
+    model = load_model(weight_dtype=kind)
+    one, both = model.clone(), model.clone()
+    one.add_patches(lora(strength=0.05, seed=1)[0], 0.5)
+    both.add_patches(lora(strength=0.05, seed=1)[0], 0.5)
+    both.add_patches(lora(strength=0.05)[0], 0.5)
+    alone, expected = sample(comfy, one), sample(comfy, both)
+    group = hooks(0.5)
+    found = scheduled(comfy, one, group, group)
+    assert (found - expected).norm() < 0.001 * (expected - alone).norm()
+    assert sample(comfy, one).equal(alone)
+
+
+def test_a_prompt_with_a_scheduled_lora_leaves_the_other_prompt_alone(comfy, load_model):
+    model = load_model(weight_dtype="nf4")
+    plain, group = sample(comfy, model), hooks(0.5)
+    mixed = scheduled(comfy, model, group, None)
+    assert not mixed.equal(plain) and not mixed.equal(scheduled(comfy, model, group, group))
+    assert not mixed.equal(scheduled(comfy, model, hooks(0.5, seed=1), None))
+    assert sample(comfy, model).equal(plain)
+
+
 def test_a_patch_of_a_layer_that_is_not_quantised_works_as_ever(load_model):
     model = load_model(weight_dtype="int8")
     before, patched = denoised(model), model.clone()
@@ -354,6 +431,31 @@ def test_a_saved_quantised_t5_is_an_ordinary_file(comfy, folder, encode, tiny_t5
     path = path.rename(folder / "saved.safetensors")
     assert all(tensor.is_floating_point() for tensor in load_file(path).values())
     assert relative(encode("a red fox", load_t5(path))[0][0][0], cond) < 0.01
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_a_scheduled_lora_for_a_quantised_t5_is_as_exact_as_a_connected_one(tiny_t5, load_t5, kind):
+    clip = load_t5(tiny_t5.path, kind)
+    key = "t5xxl.transformer.encoder.block.1.layer.1.DenseReluDense.wo.weight"
+    patches = {key: ("diff", (0.01 * torch.randn(32, 48, generator=torch.Generator().manual_seed(0)),))}
+
+    @torch.inference_mode()
+    def encoded():
+        return clip.cond_stage_model.encode_token_weights(clip.tokenize("a red fox"))[0]
+
+    clip.patcher.patch_model(clip.patcher.load_device)
+    before, group = encoded(), hooks(1.0)
+    apply_hooks(clip.patcher, group, patches, 1.0)
+    found = encoded()
+    clip.patcher.patch_hooks(None)
+    assert encoded().equal(before)
+    clip.patcher.detach()
+    patched = clip.clone()
+    patched.add_patches(patches)
+    patched.patcher.patch_model(patched.patcher.load_device)
+    expected = encoded()
+    patched.patcher.detach()
+    assert (expected - before).norm() > 0 and relative(found - before, expected - before) < 0.01
 
 
 def test_t5_without_bitsandbytes_says_what_to_install_before_it_reads_anything(tiny_t5, load_t5, monkeypatch):

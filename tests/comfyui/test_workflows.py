@@ -172,6 +172,7 @@ def test_a_workflow_becomes_its_api_copy(comfy_server, name):
     assert untitled(comfy_server.to_api(workflow(name))) == untitled(api_copy(name))
 
 
+@pytest.mark.usefixtures("tiny_controlnet")
 @every_workflow
 def test_comfy_cli_finds_no_fault_in_a_workflow(stand_ins, tmp_path, name):
     (tmp_path / "object_info.json").write_text(json.dumps(stand_ins.object_info()), encoding="utf-8")
