@@ -19,7 +19,7 @@ from .step_cache import KEY as STEP_CACHE
 def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """LayerNorm of x (B, N, C) times scale plus shift, (B or 1, 1, C): one kernel where all rows share them."""
     if len(shift) == 1:
-        return layer_norm(x, x.shape[-1:], scale[0, 0], shift[0, 0], eps=1e-6)
+        return layer_norm(x, x.shape[-1:], scale[0, 0].to(x), shift[0, 0].to(x), eps=1e-6)
     return torch.addcmul(shift, layer_norm(x, x.shape[-1:], eps=1e-6), scale)
 
 

@@ -76,3 +76,29 @@ def make_optimizer(name: str, model, lr: float, weight_decay: float) -> torch.op
     if name == "muon":
         return Muon(model, lr, weight_decay)
     return torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay, betas=(0.9, 0.99))
+
+
+def run_optimizer(name: str, parameters: list, lr: float, weight_decay: float) -> torch.optim.Optimizer:
+    """The optimizer of a run over a list of parameters, from the library that has it.
+
+    Raises ValueError when that library is not installed, or when the optimizer is not for such a list.
+    """
+    if name == "adamw":
+        return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay)
+    try:
+        if name == "adamw8bit":
+            from bitsandbytes.optim import AdamW8bit
+
+            return AdamW8bit(parameters, lr=lr, weight_decay=weight_decay)
+        if name == "came":  # numbers of PixArt-sigma configs/pixart_sigma_config
+            from came_pytorch import CAME
+
+            return CAME(parameters, lr=lr, weight_decay=weight_decay, betas=(0.9, 0.999, 0.9999), eps=(1e-30, 1e-16))
+        if name == "prodigy":
+            from prodigyopt import Prodigy
+
+            return Prodigy(parameters, lr=lr, weight_decay=weight_decay, safeguard_warmup=True)
+    except ImportError as error:
+        package = {"adamw8bit": "bitsandbytes", "came": "came-pytorch", "prodigy": "prodigyopt"}[name]
+        raise ValueError(f"optimizer {name} needs the package {package}: install it, or use adamw.") from error
+    raise ValueError(f"optimizer {name!r} is none of adamw, adamw8bit, came and prodigy.")

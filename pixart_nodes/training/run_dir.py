@@ -1,0 +1,146 @@
+"""The folder of a run: what trainer, monitor and command line tell each other. Standard library only.
+
+run.json, status.json, events.jsonl, commands/NNNN.json, checkpoints/step-001000, samples, log.txt. Every file but
+events.jsonl appears whole, by renaming.
+"""
+
+import json
+import os
+import shutil
+import time
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from . import events
+from .config import RunConfig
+
+COMMANDS = ("pause", "resume", "sample", "save", "stop")
+STATES = ("starting", "running", "paused", "stopping", "done", "stopped", "failed")
+COMPLETE = "complete"  # written last: the sizes and checksums of a checkpoint's files
+
+
+def write_json(path: Path, content: dict):
+    """Replaces `path`, all or nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        json.dump(content, file, indent=2)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+class RunFolder:
+    """A run's folder; `path` need not exist yet."""
+
+    def __init__(self, path):
+        self.path = Path(path)
+        self.checkpoints, self.samples, self.commands = (self.path / n for n in ("checkpoints", "samples", "commands"))
+
+    def config(self) -> RunConfig:
+        """Raises ValueError or FileNotFoundError with what is wrong with run.json."""
+        path = self.path / "run.json"
+        if not path.is_file():
+            raise FileNotFoundError(f"{self.path} is no run: it has no run.json.")
+        try:
+            return RunConfig.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+
+    def write_config(self, config: RunConfig):
+        write_json(self.path / "run.json", config.to_dict())
+
+    def status(self) -> dict:
+        """The last status, or an empty one before the trainer has started."""
+        path = self.path / "status.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+    def write_status(self, **fields):
+        """Changes these fields of the status."""
+        write_json(self.path / "status.json", {**self.status(), **fields})
+
+    def add_event(self, kind: str, **fields):
+        events.append(self.path / "events.jsonl", {"type": kind, "time": time.time(), **fields})
+
+    def read_events(self) -> list[dict]:
+        return events.read(self.path / "events.jsonl")
+
+    def send(self, command: str):
+        """Leaves a command for the trainer. Raises ValueError for an unknown one."""
+        if command not in COMMANDS:
+            raise ValueError(f"There is no command {command!r}; there are {', '.join(COMMANDS)}.")
+        number = time.time_ns()
+        write_json(self.commands / f"{number:020}.json", {"command": command})
+
+    def waiting(self) -> list[tuple[Path, str]]:
+        """Commands that are not done, oldest first; a file that is none has the command ""."""
+        found = []
+        for path in sorted(self.commands.glob("*.json")):
+            try:
+                content = json.loads(path.read_text(encoding="utf-8"))
+            except ValueError:
+                content = None
+            found.append((path, content.get("command", "") if isinstance(content, dict) else ""))
+        return found
+
+    @contextmanager
+    def new_checkpoint(self, step: int) -> Iterator[Path]:
+        """Yields an empty folder to fill; afterwards it is checkpoints/step-<step>, complete, or nothing at all."""
+        final, temporary = self.checkpoints / f"step-{step:06}", self.checkpoints / f".step-{step:06}.tmp"
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        try:
+            yield temporary
+            write_json(temporary / COMPLETE, {path.name: fingerprint(path) for path in sorted(temporary.iterdir())})
+            if final.exists():  # the same step once more, or a damaged one
+                shutil.rmtree(final)
+            os.replace(temporary, final)
+        except OSError as error:
+            raise OSError(f"Cannot write the checkpoint {final}: {error}. Free some space, then run again.") from error
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+    def complete_checkpoints(self) -> Iterator[Path]:
+        """Checkpoints that are whole, newest first: each file has the size and checksum that it was written with."""
+        return (path for path in reversed(self.listed()) if is_whole(path))
+
+    def listed(self) -> list[Path]:
+        """Checkpoints by step, whole or not."""
+        return sorted(self.checkpoints.glob("step-*"), key=step_of)
+
+    def prune(self, keep: int, step: int):
+        """Keeps the checkpoint of `step` and the ones before, `keep` in all; removes what unfinished saves left.
+
+        Later ones are damaged: the run has gone back behind them.
+        """
+        kept = [path for path in self.listed() if step_of(path) <= step][-keep:]
+        for path in self.listed():
+            if path not in kept:
+                shutil.rmtree(path)
+        for path in self.checkpoints.glob(".step-*.tmp"):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def step_of(checkpoint: Path) -> int:
+    """-1 for a folder that is none."""
+    digits = checkpoint.name.removeprefix("step-")
+    return int(digits) if digits.isdigit() else -1
+
+
+def fingerprint(path: Path) -> list[int]:
+    """Size and CRC-32."""
+    checksum = 0
+    with path.open("rb") as file:
+        while part := file.read(1 << 20):
+            checksum = zlib.crc32(part, checksum)
+    return [path.stat().st_size, checksum]
+
+
+def is_whole(checkpoint: Path) -> bool:
+    try:
+        listed = json.loads((checkpoint / COMPLETE).read_text(encoding="utf-8"))
+        return all(fingerprint(checkpoint / name) == expected for name, expected in listed.items())
+    except (OSError, ValueError, AttributeError):
+        return False

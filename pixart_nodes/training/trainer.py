@@ -1,0 +1,297 @@
+"""The trainer: one loop for all recipes, over a run folder.
+
+All randomness is a function of numbers (seed, picture's number in the run), so a resumed run ends with the weights of
+an uninterrupted one, and four micro-batches of one picture are one batch of four.
+"""
+
+import logging
+import math
+import time
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+
+import psutil
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from torch.utils.checkpoint import checkpoint
+
+from ..checkpoints import load_transformer
+from ..data.dataset import Batches
+from ..data.index import Index
+from ..model.transformer import PixArtBlock
+from .config import RunConfig
+from .ema import EMA
+from .optimizers import run_optimizer
+from .preview import draw_samples
+from .recipes import RECIPES, Draws, Start
+from .recipes.base import on_device
+from .run_dir import RunFolder
+from .snapshot import load_snapshot, save_snapshot
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+EMA_CHOICE = {"auto": None, "ema": True, "raw": False}
+POLL = 0.5  # seconds between looks for commands while paused
+
+
+class NotFinite(ArithmeticError):
+    """The loss or the gradient is not a number."""
+
+
+def precision_of(config: RunConfig) -> str:
+    """ "auto" made concrete for this machine."""
+    if config.precision != "auto":
+        return config.precision
+    return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"
+
+
+def open_cache(path) -> Index:
+    """The training set of a file, or of a feature cache's folder that has exactly one."""
+    path = Path(path)
+    if path.is_dir():
+        found = sorted(path.glob("sets/*.safetensors"))
+        if len(found) != 1:
+            names = ", ".join(file.name for file in found) or "none"
+            raise ValueError(f"cache {path} must have one training set in its folder sets, but has {names}: name one.")
+        path = found[0]
+    return Index(path)
+
+
+def load_start(config: RunConfig, device, dtype) -> Start:
+    base = config.base
+    family = None if base.family == "auto" else base.family
+    model, found = load_transformer(
+        base.path, family=family, base_size=base.base_size, ema=EMA_CHOICE[base.weights], dtype=torch.float32
+    )
+    return Start(model, found.family, dtype, device)
+
+
+def learning_rate(config: RunConfig, step: int) -> float:
+    """Linear warm-up, then constant, or falling to 0 behind the last step."""
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    progress = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
+    factors = {"constant": 1.0, "linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}
+    return config.learning_rate * factors[config.lr_schedule]
+
+
+def checkpoint_blocks(network):
+    """Blocks keep only their input for the backward pass and run again there."""
+    for module in network.modules():
+        if isinstance(module, PixArtBlock):
+            module.forward = partial(checkpoint, module.forward, use_reentrant=False)
+
+
+class Trainer:
+    """Prepares everything, and raises ValueError or OSError with one sentence for what is wrong."""
+
+    def __init__(self, config: RunConfig, folder: RunFolder, accelerator: Accelerator):
+        self.config, self.folder, self.accelerator = config, folder, accelerator
+        self.main, self.device = accelerator.is_main_process, accelerator.device
+        rank, world = accelerator.process_index, accelerator.num_processes
+        self.index, kind = open_cache(config.cache), RECIPES[config.recipe]
+        start = load_start(config, self.device, DTYPES[precision_of(config)])
+        if problems := kind.problems(config, self.index, start.params):
+            raise ValueError(" ".join(problems))
+        self.recipe = recipe = kind(config, start)
+        self.batches = Batches(
+            self.index, start.family, config.batch_size, rank=rank, world=world, seed=config.seed,
+            caption_dim=start.params.caption_channels,
+        )  # fmt: skip
+        recipe.open_data(self.index, config.batch_size, rank, world)
+        if config.gradient_checkpointing:
+            checkpoint_blocks(recipe.network)
+        self.trained = recipe.trained()
+        optimizer = run_optimizer(
+            config.optimizer, list(self.trained.values()), config.learning_rate, config.weight_decay
+        )
+        self.ema = EMA(recipe.network, config.ema_decay) if config.ema_decay else None
+        self.step = load_snapshot(folder, recipe, optimizer, self.ema, self.batches, accelerator.scaler)
+        self.network, self.optimizer = accelerator.prepare(recipe.network, optimizer)
+        self.stream = iter(self.batches)
+        self.stopping = ""  # why, once somebody has asked
+        self.rows: list[int] = []
+        self.shape: tuple[int, ...] = ()
+
+    @property
+    def global_batch(self) -> int:
+        return self.batches.global_batch * self.config.gradient_accumulation_steps
+
+    def run(self) -> str:
+        """Trains until the last step or a stop; "done" or "stopped"."""
+        config = self.config
+        self.tell(state="running", step=self.step, steps=config.steps, global_batch=self.global_batch,
+                  effective_learning_rate=config.learning_rate, error=None, output=None)  # fmt: skip
+        logger.info("%s", self.batches.summary())
+        rate = config.learning_rate
+        logger.info("learning rate %g, global batch %d, from step %d", rate, self.global_batch, self.step)
+        if self.step == 0 and config.sample_every:
+            self.sample()
+        saved = self.step
+        while self.step < config.steps and not self.obey():
+            record = self.update()
+            if self.main:
+                self.folder.add_event("step", **record)
+                self.folder.write_status(step=self.step)
+            last = self.step == config.steps
+            if self.step % config.save_every == 0 or last:
+                self.save()
+                saved = self.step
+            if config.sample_every and (self.step % config.sample_every == 0 or last):
+                self.sample()
+        if self.step < config.steps:
+            self.tell(state="stopping")
+            if saved != self.step:
+                self.save()
+            return "stopped"
+        return "done"
+
+    def update(self) -> dict:
+        """One update of the weights; what the monitor shows about it. Raises NotFinite before any weight is touched."""
+        config, began = self.config, time.monotonic()
+        rate = learning_rate(config, self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        parts = self.gradients()
+        norm = self.accelerator.clip_grad_norm_(list(self.trained.values()), config.max_grad_norm)
+        parts = {name: self.accelerator.reduce(value, "mean").item() for name, value in parts.items()}
+        loss, norm = sum(parts.values()), float(norm)
+        # fp16's scaler looks for a scale at first, and leaves out updates that overflow
+        if not math.isfinite(loss) or not math.isfinite(norm) and self.accelerator.scaler is None:
+            raise NotFinite(f"loss {loss}, gradient {norm}")
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.recipe.after_update()
+        if self.ema:
+            self.ema.update(self.recipe.network)
+        self.step += 1
+        seconds = time.monotonic() - began
+        return {"step": self.step, "loss": loss, "losses": parts, "lr": rate, "grad_norm": norm,
+                "seconds_per_step": seconds, "memory_bytes": memory(self.device),
+                "eta_s": seconds * (config.steps - self.step)}  # fmt: skip
+
+    def gradients(self) -> dict[str, torch.Tensor]:
+        """Adds up the gradients of an update's micro-batches; the parts of the mean loss."""
+        config, count, totals = self.config, self.config.gradient_accumulation_steps, {}
+        self.rows = []
+        for micro in range(count):
+            number = self.batches.step
+            batch = on_device(next(self.stream), self.device)
+            self.rows, self.shape = [*self.rows, *batch.rows], tuple(batch.latent.shape)
+            first = number * self.batches.global_batch + self.batches.rank * config.batch_size
+            draws = Draws(config.seed, list(range(first, first + len(batch.latent))))
+            waiting = micro < count - 1
+            with self.accelerator.no_sync(self.network) if waiting else nullcontext():
+                with self.accelerator.autocast():
+                    losses = self.recipe.losses(self.network, batch, draws, number)
+                self.accelerator.backward(sum(losses.values()) / count)
+            for name, value in losses.items():
+                totals[name] = totals.get(name, 0) + value.detach().float() / count
+        return totals
+
+    def obey(self) -> bool:
+        """Does what was commanded; True when the run shall stop. All processes do the same."""
+        paused = False
+        while True:
+            commands = [("", "stop")] if self.stopping else self.folder.waiting()
+            commands = self.shared(commands)
+            for path, command in commands:
+                if command == "save":
+                    self.save()
+                elif command == "sample":
+                    self.sample()
+                elif command in ("pause", "resume"):
+                    paused = command == "pause"
+                    self.tell(state="paused" if paused else "running")
+                elif command != "stop":
+                    self.warn(f"The command file {Path(path).name} says nothing that the trainer knows; ignored.")
+                if self.main and path:
+                    path.unlink(missing_ok=True)
+                if command == "stop":
+                    return True
+            if not paused:
+                return False
+            time.sleep(POLL)
+
+    def shared(self, value):
+        """The main process's value, in all processes."""
+        if self.accelerator.num_processes == 1:
+            return value
+        box = [value]
+        broadcast_object_list(box)
+        return box[0]
+
+    def save(self):
+        if self.main:
+            path = save_snapshot(
+                self.folder, self.step, self.recipe, self.optimizer, self.ema, self.batches, self.accelerator.scaler
+            )
+            self.folder.prune(self.config.keep, self.step)
+            self.folder.add_event("checkpoint", step=self.step, path=str(path.relative_to(self.folder.path)))
+        self.accelerator.wait_for_everyone()
+
+    def sample(self):
+        """Draws the validation prompts; a failure is a warning and never ends the run."""
+        if self.main:
+            try:
+                with self.accelerator.autocast():
+                    files = draw_samples(self.recipe, self.index, self.folder.samples, self.step)
+                if files:
+                    self.folder.add_event("sample", step=self.step, files=files)
+            except (RuntimeError, ValueError, OSError) as error:
+                logger.exception("samples at step %d", self.step)
+                self.warn(f"No samples at step {self.step}: {error}")
+        self.accelerator.wait_for_everyone()
+
+    def export(self) -> Path | None:
+        """Writes the result, averaged where there is an average."""
+        if not self.main:
+            return None
+        output = self.config.output
+        if self.ema:
+            with torch.no_grad():
+                for name, parameter in self.trained.items():
+                    parameter.copy_(self.ema.weights[name])
+        folder = Path(output.folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        return self.recipe.export(folder / output.name, self.recipe.metadata(self.step))
+
+    def tell(self, **fields):
+        if self.main:
+            self.folder.write_status(**fields)
+
+    def warn(self, text: str):
+        logger.warning("%s", text)
+        if self.main:
+            self.folder.add_event("warning", text=text)
+
+    def sentence(self, error: BaseException) -> str:
+        """What went wrong while training, and what to do."""
+        config, step = self.config, self.step + 1
+        if isinstance(error, NotFinite):
+            names = ", ".join(sorted({self.index.name(row) for row in self.rows})[:8])
+            return (f"Training broke down at step {step} ({error}) with the pictures {names}. The last checkpoint "
+                    "is good. Try a lower learning rate, precision fp32, or leave these pictures out.")  # fmt: skip
+        if is_out_of_memory(error):
+            height, width = (8 * side for side in self.shape[-2:]) if self.shape else (0, 0)
+            advice = ["gradient checkpointing"] * (not config.gradient_checkpointing)
+            advice += [f"batch_size 1 with {config.batch_size} times the accumulation"] * (config.batch_size > 1)
+            advice += ["an 8-bit or nf4 base"] * (config.base_quantization == "none")
+            advice += ["optimizer adamw8bit", "a smaller size of the pictures"]
+            return (f"Out of memory at step {step} (batch {config.batch_size}, {width} x {height} px). "
+                    f"Try {', or '.join(advice)}.")  # fmt: skip
+        return str(error) or repr(error)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or "can't allocate memory" in str(error)
+
+
+def memory(device: torch.device) -> int:
+    """Peak of the GPU's memory in bytes; on a CPU, what the process has now."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return psutil.Process().memory_info().rss

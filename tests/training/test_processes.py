@@ -1,0 +1,96 @@
+"""`accelerate launch -m pixart_nodes.training`: several processes, kills, signals and a parent that goes away."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from pixart_nodes.checkpoints.files import load_file_tensors
+from pixart_nodes.training.__main__ import DONE, STOPPED, train
+
+from .conftest import losses
+
+ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.slow
+
+
+def start(folder, *launcher, **others):
+    words = [sys.executable, *launcher, "-m", "pixart_nodes.training", str(folder.path / "run.json")]
+    alone = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.Popen(
+        words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+        env={**os.environ, **alone, **others.pop("env", {})}, **others,
+    )  # fmt: skip
+
+
+def two_processes():
+    """accelerate has no switch for several processes on CPUs; with --multi_gpu and no GPU to see, it does just that."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
+            "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", str(port))  # fmt: skip
+
+
+def wait_for(something, process):
+    deadline = time.monotonic() + 120
+    while not something() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+
+
+def weights(folder, step):
+    return load_file_tensors(folder.checkpoints / f"step-{step:06}" / "weights.safetensors")[0]
+
+
+@pytest.mark.parametrize("recipe", ["full", "dreambooth", "lcm-lora"])
+def test_two_processes_have_the_loss_of_one_at_the_same_global_batch(make_run, recipe):
+    one = make_run(recipe, name="one", steps=3, batch_size=2)
+    two = make_run(recipe, name="two", steps=3, batch_size=1)
+    assert train(one.path / "run.json") == DONE
+    process = start(two, *two_processes())
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    assert losses(two) == pytest.approx(losses(one), rel=1e-4)
+
+
+def test_a_killed_run_goes_on_from_its_last_checkpoint_to_the_same_weights(make_run):
+    killed = make_run("full", name="killed", steps=400, save_every=5)
+    process = start(killed)
+    wait_for(lambda: list(killed.checkpoints.glob("step-*")), process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    reached = killed.status()["step"]
+    assert 5 <= reached < 400
+    whole = make_run("full", name="whole", steps=reached + 5, save_every=5)
+    killed.write_config(replace(killed.config(), steps=reached + 5))
+    assert [train(folder.path / "run.json") for folder in (killed, whole)] == [DONE, DONE]
+    first, second = (weights(folder, reached + 5) for folder in (killed, whole))
+    assert all(torch.equal(weight, second[name]) for name, weight in first.items())
+
+
+@pytest.mark.parametrize("how", ["signal", "pipe", "parent"])
+def test_a_signal_or_a_lost_parent_stops_the_run_with_a_checkpoint(make_run, how):
+    folder = make_run("full", steps=100_000, save_every=100_000)
+    reader, writer = os.pipe()
+    parent = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    env = {"pipe": {"PIXART_PARENT_FD": str(reader)}, "parent": {"PIXART_PARENT_PID": str(parent.pid)}}.get(how, {})
+    process = start(folder, env=env, pass_fds=(reader,) if how == "pipe" else ())
+    os.close(reader)
+    wait_for(lambda: folder.status().get("step"), process)
+    if how == "signal":
+        process.send_signal(signal.SIGTERM)
+    os.close(writer)
+    if how == "parent":
+        parent.communicate(b"\n")
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == STOPPED, output
+    assert next(folder.complete_checkpoints(), None) is not None
+    if how != "parent":
+        parent.communicate(b"\n")
