@@ -564,9 +564,6 @@ CHECKS = {
     "autoencoder_kl": autoencoder_kl,
 }
 
-# What later issues bring, and where: test_goldens.py expects these to fail until then.
-LATER: dict[str, str] = {}
-
 
 def lookup(table: dict, name: str):
     """The entry for a case's name, None if there is none."""

@@ -3,36 +3,21 @@
 PIXART_GOLDEN_DIR names another set of fixtures with the same layout (default: tests/goldens).
 """
 
-import importlib
 import math
 import os
 from pathlib import Path
 
 import pytest
 import torch
-from goldens_cases import CHECKS, LATER, compare, lookup, read_cases
+from goldens_cases import CHECKS, compare, lookup, read_cases
 
 FOLDER = Path(os.environ.get("PIXART_GOLDEN_DIR") or Path(__file__).with_name("goldens"))
 
 
-def parameters():
-    for case in read_cases(FOLDER):
-        marks = ()
-        if lookup(CHECKS, case.name) is None and lookup(LATER, case.name) is not None:
-            marks = pytest.mark.xfail(
-                raises=ImportError, strict=True, reason=f"pixart_nodes.{lookup(LATER, case.name)} comes later"
-            )
-        yield pytest.param(case, id=case.name, marks=marks)
-
-
-@pytest.mark.parametrize("case", list(parameters()))
+@pytest.mark.parametrize("case", [pytest.param(case, id=case.name) for case in read_cases(FOLDER)])
 def test_golden_case_is_reproduced(case):
     check = lookup(CHECKS, case.name)
-    if check is None:
-        module = lookup(LATER, case.name)
-        assert module is not None, f"no check for the golden case {case.name}: add one to goldens_cases.py"
-        importlib.import_module(f"pixart_nodes.{module}")
-        pytest.fail(f"pixart_nodes.{module} is here: check {case.name} in goldens_cases.py and drop it from LATER")
+    assert check is not None, f"no check for the golden case {case.name}: add one to goldens_cases.py"
     failures, count = [], 0
     for name, ours, golden, *gain in check(case):
         error, allowed = compare(case.entry.get("tolerance"), name, ours, golden, *gain)
@@ -45,7 +30,7 @@ def test_golden_case_is_reproduced(case):
 
 def test_every_case_of_the_shipped_fixtures_has_an_owner():
     for case in read_cases(Path(__file__).with_name("goldens")):
-        assert lookup({**CHECKS, **LATER}, case.name) is not None, case.name
+        assert lookup(CHECKS, case.name) is not None, case.name
 
 
 @pytest.mark.parametrize("name", ["transformer_alpha", "iddpm_training_loss", "noise_schedule"])

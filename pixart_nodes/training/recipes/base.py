@@ -1,6 +1,7 @@
 """What every recipe has: a network with trained parameters, a loss, and a file to write."""
 
 import json
+from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -52,7 +53,7 @@ class Draws:
         return torch.cat([torch.rand(1, generator=g) for g in self.generators]).to(device) < probability
 
 
-class Recipe:
+class Recipe(ABC):
     """One way of training. `network` holds what is trained: its parameters that require a gradient, in fp32."""
 
     preview_guidance: ClassVar[float] = 4.5  # of samples; 1 = off
@@ -63,20 +64,20 @@ class Recipe:
         self.posterior = GaussianPosterior(start.device)
         self.network = self.build()
 
+    @abstractmethod
     def build(self) -> nn.Module:
         """The network, on the device, from self.start."""
-        raise NotImplementedError
 
+    @abstractmethod
     def export(self, path: Path, metadata: dict[str, str]) -> Path:
         """Writes what was trained to a path without extension, and returns where it is."""
-        raise NotImplementedError
 
     @classmethod
     def problems(cls, config: RunConfig, index: Index, start_params) -> list[str]:
         """What the config asks of data or base model and they do not have, one sentence each."""
         return []
 
-    def open_data(self, index: Index, batch_size: int, rank: int, world: int):
+    def open_data(self, index: Index, batch_size: int, rank: int, world: int):  # noqa: B027 - an optional hook
         """Called once before training, for recipes that need more than the training pictures."""
 
     def losses(self, network, batch: Batch, draws: Draws, number: int) -> dict[str, Tensor]:
@@ -84,14 +85,14 @@ class Recipe:
         micro-batch."""
         return self.denoising_losses(network, batch, draws)
 
-    def after_update(self):
+    def after_update(self):  # noqa: B027 - an optional hook
         """Called behind each optimizer update."""
 
     def state(self) -> dict[str, Tensor]:
         """What a checkpoint holds besides the trained parameters."""
         return {}
 
-    def load_state(self, state: dict[str, Tensor]):
+    def load_state(self, state: dict[str, Tensor]):  # noqa: B027 - an optional hook
         """Takes back what `state` gave."""
 
     def denoising_losses(self, network, batch: Batch, draws: Draws) -> dict[str, Tensor]:

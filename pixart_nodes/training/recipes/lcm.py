@@ -4,6 +4,7 @@ PixArt-alpha train_scripts/train_pixart_lcm.py and train_pixart_lcm_lora.py; the
 """
 
 import copy
+from abc import abstractmethod
 
 import torch
 from torch import Tensor, nn
@@ -35,11 +36,13 @@ class Distillation(Recipe):
         null = index.null_caption()
         self.sigma_null = None if null is None else null[:1]
 
+    @abstractmethod
     def teacher(self, *arguments, **extras) -> Tensor:
-        raise NotImplementedError
+        """The frozen base's noise estimate."""
 
+    @abstractmethod
     def target(self, *arguments, **extras) -> Tensor:
-        raise NotImplementedError
+        """The noise estimate of the network that the student is to agree with."""
 
     def losses(self, network, batch: Batch, draws: Draws, number: int) -> dict[str, Tensor]:
         solver, extras, latent = self.solver, self.extras(batch), batch.latent
