@@ -56,6 +56,28 @@ TEST_TABLES: dict[str, Table] = {
 }
 
 
+OTHER_SIZES = ("192", "384", "768", "1280", "1536")  # trained at by users, and 192 by the bundled tiny model
+STEP = 16  # pixels of a patch: 8 of the VAE times 2
+
+
+def training_table(size: str) -> Table:
+    """PixArt's table of a size; for OTHER_SIZES the one of 1024 scaled to it, sides rounded to whole patches.
+
+    Raises ValueError for another size.
+    """
+    if size in TABLES:
+        return TABLES[size]
+    if size not in OTHER_SIZES:
+        raise ValueError(f"size {size!r} is none of {', '.join(TRAINING_SIZES)}.")
+    scale = int(size) / 1024
+    sizes = {key: tuple(STEP * round(side * scale / STEP) for side in sides) for key, sides in _RATIOS_1024.items()}
+    first = {sides: key for key, sides in reversed(sizes.items())}  # small sizes coincide after rounding
+    return {key: sides for key, sides in sizes.items() if first[sides] == key}
+
+
+TRAINING_SIZES = tuple(sorted((*TABLES, *OTHER_SIZES), key=int))
+
+
 def nearest_key(table: Table, ratio: float) -> float:
     """The table's key nearest to a height / width ratio."""
     return min(table, key=lambda key: abs(key - ratio))

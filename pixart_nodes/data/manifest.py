@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..checkpoints.files import replacing
-from .buckets import TABLES, merge_small, nearest
+from .buckets import TRAINING_SIZES, merge_small, nearest, training_table
 from .pictures import DAMAGED, decode, digest
 from .sources import Entry, entries
 
@@ -65,7 +65,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class ScanOptions:
-    size: str = "1024"  # key of buckets.TABLES
+    size: str = "1024"  # one of buckets.TRAINING_SIZES
     trigger_word: str = ""
     repeats: int = 1
     role: str = "train"
@@ -78,8 +78,8 @@ class ScanOptions:
     def check(self) -> list[str]:
         """Everything that is wrong, one sentence each."""
         problems = []
-        if self.size not in TABLES:
-            problems.append(f"size {self.size!r} is none of {', '.join(TABLES)}.")
+        if self.size not in TRAINING_SIZES:
+            problems.append(f"size {self.size!r} is none of {', '.join(TRAINING_SIZES)}.")
         if self.role not in ROLES:
             problems.append(f"role {self.role!r} is none of {', '.join(ROLES)}.")
         if not 1 <= self.repeats < 2**15:
@@ -247,7 +247,7 @@ def inspect(entry: Entry, options: ScanOptions, memory: Memory) -> Sample | Prob
         return Problem(entry.name, "damaged", seen.damage)
     if control and control.damage:
         return Problem(entry.name, "control", f"{entry.control.name} is damaged: {control.damage}")
-    bucket = Bucket(*nearest(TABLES[options.size], seen.height, seen.width))
+    bucket = Bucket(*nearest(training_table(options.size), seen.height, seen.width))
     enlargement = max(bucket.height / seen.height, bucket.width / seen.width)
     if enlargement > options.max_enlargement:
         return Problem(
@@ -296,7 +296,7 @@ def arrange(source: str, found: list[Sample | Problem], options: ScanOptions) ->
             samples.append(sample)
     counts = Counter(sample.bucket.ratio for sample in samples)
     targets = merge_small(counts, options.smallest_bucket)
-    table = TABLES[options.size]
+    table = training_table(options.size)
     moved = {ratio: Bucket(target, *table[target]) for ratio, target in targets.items()}
     samples = [replace(sample, bucket=moved[sample.bucket.ratio]) for sample in samples]
     notes = bucket_notes(counts, moved, options)
@@ -305,7 +305,7 @@ def arrange(source: str, found: list[Sample | Problem], options: ScanOptions) ->
 
 def bucket_notes(counts, moved: dict[float, Bucket], options: ScanOptions) -> tuple[str, ...]:
     notes = []
-    table = TABLES[options.size]
+    table = training_table(options.size)
     for ratio, bucket in sorted(moved.items()):
         if bucket.ratio != ratio:
             height, width = table[ratio]

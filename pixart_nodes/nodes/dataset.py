@@ -12,22 +12,28 @@ from comfy_api.latest import io, ui
 from ..comfy_bridge import features
 from ..comfy_bridge.compat import build, check_interrupt, executing_node, show_text
 from ..data import captions
-from ..data.buckets import TABLES
+from ..data.buckets import TRAINING_SIZES
 from ..data.manifest import Memory, ScanOptions, scan
 from ..data.pictures import contact_sheet, digest
 from ..data.sources import entries
 
 Dataset = io.Custom("PIXART_DATASET")
 
+EXAMPLES = Path(__file__).parents[1] / "assets" / "examples"  # data sets of the pack, named pixart-examples/<set>
 VLM_FOLDERS = ("vlm", "LLM")  # below ComfyUI's models; LLM is where other packs put such models
 DEFAULTS = ScanOptions()
 
 
 def input_path(text: str) -> Path:
-    """A folder or list that the user named: absolute, or below ComfyUI's input folder. ValueError for nothing."""
+    """A folder or list that the user named: absolute, below ComfyUI's input folder, or one of the pack's examples.
+
+    Raises ValueError for nothing.
+    """
     if not text.strip():
         raise ValueError("No data set is named: give a folder of pictures, a .jsonl or a .json list.")
-    return Path(folder_paths.get_input_directory(), Path(text.strip()).expanduser())
+    named = Path(text.strip()).expanduser()
+    own = Path(folder_paths.get_input_directory(), named)
+    return EXAMPLES / named.name if named.parent == Path("pixart-examples") and not own.exists() else own
 
 
 def scan_memory(source: Path) -> Memory:
@@ -128,7 +134,7 @@ def dataset_inputs():
         ),
         io.Combo.Input(
             "size",
-            options=list(TABLES),
+            options=list(TRAINING_SIZES),
             default=DEFAULTS.size,
             tooltip="Side in pixels of a square picture, as the model was trained. Each picture goes to the nearest "
             "shape in PixArt's table of this size.",

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pixart_nodes.data.buckets import TABLES, TEST_TABLES, nearest, nearest_key
+from pixart_nodes.data.buckets import OTHER_SIZES, TABLES, TEST_TABLES, nearest, nearest_key, training_table
 
 GOLDEN_DIR = Path(os.environ.get("PIXART_GOLDEN_DIR", Path(__file__).parents[1] / "goldens"))
 GOLDEN = json.loads((GOLDEN_DIR / "aspect_ratios.json").read_text())
@@ -50,3 +50,17 @@ def test_every_size_suits_the_network():
 def test_picture_without_area_is_refused():
     with pytest.raises(ValueError, match="no aspect ratio"):
         nearest(TABLES["1024"], 0, 512)
+
+
+@pytest.mark.parametrize("size", OTHER_SIZES)
+def test_other_training_sizes_have_whole_patches_about_that_area_and_no_shape_twice(size):
+    table = training_table(size)
+    assert all(side % 16 == 0 for sides in table.values() for side in sides)
+    assert len(set(table.values())) == len(table)
+    assert table[1.0] == (int(size), int(size))
+    assert all(0.7 < h * w / int(size) ** 2 < 1.25 for h, w in table.values())
+
+
+def test_a_size_without_a_table_is_refused_with_the_sizes_there_are():
+    with pytest.raises(ValueError, match="'200' is none of 192, 256"):
+        training_table("200")
