@@ -5,6 +5,8 @@
     python tools/build_tiny.py dit   --work build/tiny     the transformer, in three stages     (hours; resumes)
     python tools/build_tiny.py restore --work build/tiny   instead of the above: start from what is shipped
     python tools/build_tiny.py export --work build/tiny    half-precision files into pixart_nodes/assets/tiny
+    python tools/build_tiny.py family --work build/tiny    what the base's own trainer makes of it: LCM, ControlNet,
+                                                           LoRA, Sigma (--only NAME: one of them)
 
 Needs the pack's `train` extra. Two CPU cores are enough.
 """
@@ -59,7 +61,16 @@ def export(work: Path, args) -> None:
     export.export(work, ASSETS, report=report)
 
 
-STAGES = {"text": build_text, "vae": build_vae, "dit": build_dit, "restore": restore, "export": export}
+def family(work: Path, args) -> None:
+    from tools.tiny import family
+
+    for name in [args.only] if args.only else family.MEMBERS:
+        report({"member": name, "file": str(family.build(name, work, ASSETS, report=report))})
+    family.ship(work, ASSETS, report=report)
+
+
+STAGES = {"text": build_text, "vae": build_vae, "dit": build_dit, "restore": restore, "export": export,
+          "family": family}  # fmt: skip
 
 
 def main() -> None:
@@ -68,6 +79,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for logs, checkpoints and results")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=None, help="overrides the stage's number of steps (text, vae)")
+    parser.add_argument("--only", metavar="NAME", help="of the family: this member alone")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)

@@ -133,10 +133,14 @@ def _literal(text: str) -> str:
 
 def draw(comfy, texts: list[str], seed: int, options: argparse.Namespace) -> list[Image.Image]:
     """One picture for each text, by `comfy` (an InProcessComfy or a ComfyClient)."""
-    history = comfy.run(make_graph(texts, seed, options))
-    entries = history["outputs"]["images"]["images"]
-    if len(entries) != len(texts):
-        raise Failure(f"ComfyUI returned {len(entries)} pictures for {len(texts)} captions.")
+    return run_graph(comfy, make_graph(texts, seed, options), len(texts))
+
+
+def run_graph(comfy, graph: dict, count: int) -> list[Image.Image]:
+    """The `count` pictures of a graph's node `images`."""
+    entries = comfy.run(graph)["outputs"]["images"]["images"]
+    if len(entries) != count:
+        raise Failure(f"ComfyUI returned {len(entries)} pictures for {count} captions.")
     return [Image.open(io.BytesIO(comfy.image(entry))).convert("RGB") for entry in entries]
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .scenes import POSITIONS, Scene, SceneObject
+from .scenes import CONCEPT, CONCEPT_COLOUR, POSITIONS, Scene, SceneObject
 from .words import BACKGROUND_WORDS, COLOUR_WORDS, SHAPE_WORDS, SIZE_WORDS, TEXTURE_ADJECTIVES, TEXTURE_PHRASES
 
 STYLES = ("class", "short", "dense")
@@ -153,6 +153,9 @@ def _noun(item: SceneObject, rng: np.random.Generator, size_rate: float) -> str:
 
 
 def _plain_noun(item: SceneObject, rng: np.random.Generator, size_rate: float) -> str:
+    if item.colour == CONCEPT_COLOUR:
+        size = f"{_word(rng, item.size, SIZE_WORDS, 0.6)} " if item.size and rng.random() < size_rate else ""
+        return size + CONCEPT
     shape, colour = _word(rng, item.shape, SHAPE_WORDS, 0.65), _word(rng, item.colour, COLOUR_WORDS, 0.8)
     size = ""
     if item.size and rng.random() < size_rate:

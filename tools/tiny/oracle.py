@@ -16,7 +16,7 @@ from scipy import ndimage
 from scipy.optimize import linear_sum_assignment
 
 from . import scenes
-from .scenes import BACKGROUNDS, COLOURS, POSITIONS, SHAPES, SIZES, TEXTURES, TONE, Scene
+from .scenes import BACKGROUNDS, COLOURS, CONCEPT_COLOUR, CONCEPT_RGB, POSITIONS, SHAPES, SIZES, TEXTURES, TONE, Scene
 
 WORKING_SIDE = 128  # px; larger pictures are averaged down to about this short side
 FOREGROUND = 28.0  # RGB distance from the background that starts a piece; the closest legal pair is 80 apart
@@ -49,8 +49,8 @@ class Reading:
 # -- reading -----------------------------------------------------------------------------------------------------------
 
 
-def read_scene(image: np.ndarray) -> Reading:
-    """Read a picture, uint8 (H, W, 3). Raises ValueError for any other kind of array."""
+def read_scene(image: np.ndarray, colours: dict = COLOURS) -> Reading:
+    """Read a picture, uint8 (H, W, 3), with objects in these colours. Raises ValueError for other kinds of arrays."""
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or min(image.shape[:2]) < 32:
         raise ValueError(f"the oracle reads uint8 (H, W, 3) of at least 32 px, not {image.dtype} {image.shape}")
     factor = max(1, min(image.shape[:2]) // WORKING_SIDE)
@@ -60,7 +60,7 @@ def read_scene(image: np.ndarray) -> Reading:
     low, high = _tones(sample[is_background])
     along, distance = _to_segment(pixels, low, high)
     pieces = _pieces(distance)
-    objects = [found for piece in pieces if (found := _describe(piece, pixels, distance)) is not None]
+    objects = [found for piece in pieces if (found := _describe(piece, pixels, distance, colours)) is not None]
     empty = ndimage.binary_erosion(distance < FOREGROUND)
     return Reading(tuple(objects), name, _texture(along * np.linalg.norm(high - low), empty, image.shape, factor))
 
@@ -141,13 +141,13 @@ def _cells(height: int, width: int) -> np.ndarray:
     return rows[:, None] * 3 + columns[None, :]
 
 
-def _describe(piece: np.ndarray, pixels: np.ndarray, distance: np.ndarray) -> FoundObject | None:
+def _describe(piece: np.ndarray, pixels: np.ndarray, distance: np.ndarray, colours) -> FoundObject | None:
     """Colour, shape, size and position of one piece; None for what is no object, such as a faint stain."""
     height, width = piece.shape
     short = min(height, width)
     core = piece & (distance >= np.median(distance[piece]))
     rgb = np.median(pixels[core], 0)
-    colour = tuple(COLOURS)[int(np.linalg.norm(lab(np.array(list(COLOURS.values()))) - lab(rgb), axis=1).argmin())]
+    colour = tuple(colours)[int(np.linalg.norm(lab(np.array(list(colours.values()))) - lab(rgb), axis=1).argmin())]
     near = ndimage.binary_dilation(piece, iterations=2)
     coverage = np.where(near, distance / np.median(distance[core]), 0).clip(0, 1)
     coverage[coverage < 0.25] = 0  # noise and texture
@@ -216,7 +216,10 @@ def score(image: np.ndarray, scene: Scene) -> dict:
     one dict of booleans for each expected object: colour, shape, position, all (these three), size (None where the
     scene does not state it). `count_correct`: as many objects as asked for, no more and no fewer.
     """
-    reading = read_scene(image)
+    colours = COLOURS
+    if any(item.colour == CONCEPT_COLOUR for item in scene.objects):
+        colours = COLOURS | {CONCEPT_COLOUR: CONCEPT_RGB}
+    reading = read_scene(image, colours)
     agree = np.array([[[getattr(found, key) == getattr(item, key) for key in ("colour", "shape", "position")]
                        for found in reading.objects] for item in scene.objects], dtype=float)
     agree = agree.reshape(len(scene.objects), len(reading.objects), 3)

@@ -25,6 +25,8 @@ COLOURS = {
     "white": (252, 252, 252),
     "black": (8, 8, 8),
 }
+CONCEPT = "zorb"  # a turquoise ring, which the base model has never seen: what the tiny LoRA teaches
+CONCEPT_SHAPE, CONCEPT_COLOUR, CONCEPT_RGB = "ring", "turquoise", (0, 200, 190)
 SIZES = {"small": 0.20, "large": 0.29}  # diameter / short side of the image
 POSITIONS = ("top left", "top", "top right", "left", "center", "right", "bottom left", "bottom", "bottom right")
 BACKGROUNDS = {
@@ -62,7 +64,7 @@ class SceneObject:
 
     def __post_init__(self):
         _check("shape", self.shape, SHAPES)
-        _check("colour", self.colour, COLOURS)
+        _check("colour", self.colour, (*COLOURS, CONCEPT_COLOUR))
         _check("position", self.position, POSITIONS)
         if self.size is not None:
             _check("size", self.size, SIZES)
@@ -171,9 +173,16 @@ def _choice(rng: np.random.Generator, names) -> str:
 
 def render(scene: Scene, rng: np.random.Generator) -> np.ndarray:
     """Draw a scene, uint8 (H, W, 3). The generator decides jitter of position and size only."""
+    jitters = rng.uniform(-1, 1, (len(scene.objects), 3))
+    return render_at(scene, [place(item, scene.width, scene.height, jitter)
+                             for item, jitter in zip(scene.objects, jitters, strict=True)])  # fmt: skip
+
+
+def render_at(scene: Scene, places) -> np.ndarray:
+    """Draw a scene, uint8 (H, W, 3), with the objects' centres x, y and radii in px given."""
     image = background_image(scene.background or "gray", scene.texture or "plain", scene.width, scene.height).copy()
-    for item, jitter in zip(scene.objects, rng.uniform(-1, 1, (len(scene.objects), 3)), strict=True):
-        _draw(image, item, *place(item, scene.width, scene.height, jitter))
+    for item, where in zip(scene.objects, places, strict=True):
+        _draw(image, item, *where)
     return image
 
 
@@ -215,7 +224,7 @@ def _draw(image: np.ndarray, item: SceneObject, cx: float, cy: float, radius: fl
     y = (np.arange(window.shape[0], dtype=np.float32) + (top + 0.5 - cy))[:, None]
     x = (np.arange(window.shape[1], dtype=np.float32) + (left + 0.5 - cx))[None, :]
     coverage = np.clip(0.5 - signed_distance(item.shape, x, y, radius), 0, 1)[..., None]
-    window[...] = window + (np.array(COLOURS[item.colour], dtype=np.float32) - window) * coverage + 0.5
+    window[...] = window + (np.array(COLOURS.get(item.colour, CONCEPT_RGB), dtype=np.float32) - window) * coverage + 0.5
 
 
 def signed_distance(shape: str, x: np.ndarray, y: np.ndarray, radius: float) -> np.ndarray:

@@ -12,6 +12,10 @@ from torch.nn.functional import avg_pool2d, conv2d, relu
 WIDTH = 64
 SCALE = 0.18215  # alpha's latent scale: the file's raw latents are the scaled ones divided by it
 
+SIGMA_SCALE = 0.13025  # Sigma's
+# The Sigma model's VAE has the same channels in another order and some negated, which its decoder undoes exactly.
+SIGMA_CHANNELS, SIGMA_SIGNS = [1, 0, 3, 2], torch.tensor([-1.0, 1.0, -1.0, 1.0])
+
 # Brightness and two colour differences of RGB in 0..1, then each brought to mean 0 and deviation 1 on scenes.
 COLOUR = torch.tensor([[1 / 3, 1 / 3, 1 / 3], [1.0, -0.5, -0.5], [0.0, 1.0, -1.0]])
 MEAN = torch.tensor([0.495, -0.02, -0.035, 0.0127])
@@ -68,6 +72,27 @@ def encode(image: Tensor) -> Tensor:
     colour = torch.einsum("ij,bjhw->bihw", COLOUR.to(image), avg_pool2d(image, 8))
     features = torch.cat([colour, avg_pool2d(edges, 8)], dim=1)
     return (features - MEAN.to(image).view(4, 1, 1)) / DEVIATION.to(image).view(4, 1, 1)
+
+
+def encode_sigma(image: Tensor) -> Tensor:
+    """The Sigma model's latents of the same pixels, scaled."""
+    return encode(image)[:, SIGMA_CHANNELS] * SIGMA_SIGNS.view(4, 1, 1)
+
+
+def sigma_vae(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The VAE of the Sigma model from the alpha model's file."""
+    swapped = dict(tensors, vae_scale=torch.tensor(SIGMA_SCALE))
+    last = max((name for name in tensors if name.startswith("taesd_encoder.") and name.endswith("weight")), key=depth)
+    for name in (last, last.replace("weight", "bias")):
+        sign = SIGMA_SIGNS.to(tensors[name]).view(-1, *[1] * (tensors[name].ndim - 1))
+        swapped[name] = tensors[name][SIGMA_CHANNELS] * sign
+    first = "taesd_decoder.1.weight"
+    swapped[first] = tensors[first][:, SIGMA_CHANNELS] * SIGMA_SIGNS.to(tensors[first]).view(1, -1, 1, 1)
+    return swapped
+
+
+def depth(name: str) -> int:
+    return int(name.split(".")[1])
 
 
 @torch.no_grad()
