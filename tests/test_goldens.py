@@ -17,7 +17,7 @@ FOLDER = Path(os.environ.get("PIXART_GOLDEN_DIR") or Path(__file__).with_name("g
 @pytest.mark.parametrize("case", [pytest.param(case, id=case.name) for case in read_cases(FOLDER)])
 def test_golden_case_is_reproduced(case):
     check = lookup(CHECKS, case.name)
-    assert check is not None, f"no check for the golden case {case.name}: add one to goldens_cases.py"
+    assert check is not None, f"no check for the golden case {case.name}: add one to goldens_cases"
     failures, count = [], 0
     for name, ours, golden, *gain in check(case):
         error, allowed = compare(case.entry.get("tolerance"), name, ours, golden, *gain)
