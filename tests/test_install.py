@@ -107,6 +107,14 @@ def test_pyproject_repeats_the_shipped_requirements():
     assert re.findall(r'"([^"]+)"', declared) == lines
 
 
+def test_what_the_extras_name_is_pinned_and_in_the_environment_of_the_tests():
+    named = re.findall(r"^(?:train|quant) = \[(.*)\]$", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    extras = {name for line in named for name in re.findall(r'"([^"]+)"', line)}
+    folder = ROOT / "tools" / "requirements"
+    pinned = {line.split("==")[0] for line in (folder / "constraints.txt").read_text().splitlines() if "==" in line}
+    assert len(named) == 2 and extras <= set((folder / "test.txt").read_text().split()) & pinned
+
+
 def test_an_archive_without_tools_says_where_the_demo_is(archive):
     result = run(archive, "demo")
     assert (result.returncode, result.stderr.count("\n")) == (1, 1)

@@ -42,25 +42,44 @@ def load_encoders(family: str, vae: str, t5_path: str, device, dtype: str = "aut
 
 def load_vae(path: Path, family: str, device, dtype: torch.dtype):
     """(id, pixels (B, H, W, 3) in 0..1 -> moments) of a diffusers folder or a single file."""
+    found = read_vae(path, family)
+    return (taesd_encoder if isinstance(found, dict) else kl_encoder)(found, device, dtype)
+
+
+def load_decoder(path: Path, family: str, device, dtype: torch.dtype):
+    """scaled latent (B, 4, H/8, W/8) -> pixels (B, H, W, 3) in 0..1, fp32 on the CPU, of the same files."""
+    found = read_vae(path, family)
+    decode = (taesd_decoder if isinstance(found, dict) else kl_decoder)(found, device, dtype)
+
+    @torch.inference_mode()
+    def run(latent: Tensor) -> Tensor:
+        pixels = decode((latent / LATENT_SCALE[family]).to(device, dtype))
+        return pixels.float().cpu().clamp(0, 1).movedim(1, -1)
+
+    return run
+
+
+def read_vae(path: Path, family: str) -> AutoencoderKL | dict[str, Tensor]:
+    """The autoencoder, or the tensors of a TAESD. Raises ValueError or FileNotFoundError, with the file's name."""
     if path.is_dir():
-        return load_vae_folder(path, family, device, dtype)
+        return read_vae_folder(path, family)
     tensors, _ = load_file_tensors(path)
     tensors = {name.removeprefix("first_stage_model."): tensor for name, tensor in tensors.items()}
     if any(name.startswith("taesd_encoder.") for name in tensors):
-        return load_taesd(tensors, device, dtype)
+        return tensors
     if not any(name.startswith("encoder.") for name in tensors):
         raise ValueError(f"{path.name} is no VAE of Stable Diffusion: it has no encoder. ({path})")
     model = AutoencoderKL(**KL_CONFIG)
-    if not any(name.startswith("encoder.down_blocks.") for name in tensors):
-        tensors = convert_ldm_vae_checkpoint(tensors, model.config)
     try:
+        if not any(name.startswith("encoder.down_blocks.") for name in tensors):
+            tensors = convert_ldm_vae_checkpoint(tensors, model.config)
         model.load_state_dict(tensors)
-    except RuntimeError as error:
+    except (RuntimeError, KeyError) as error:
         raise ValueError(f"{path.name} is no VAE of SD 1.5 or SDXL ({str(error):.200}). ({path})") from error
-    return kl_encoder(model, device, dtype)
+    return model
 
 
-def load_vae_folder(path: Path, family: str, device, dtype: torch.dtype):
+def read_vae_folder(path: Path, family: str) -> AutoencoderKL:
     folder = path / "vae" if (path / "vae").is_dir() else path
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} is no VAE: it has no config.json. Give a diffusers folder or a file.")
@@ -74,7 +93,7 @@ def load_vae_folder(path: Path, family: str, device, dtype: torch.dtype):
             f"{folder} is the VAE of {other} (scaling_factor {scale}), but the family is {family}, whose VAE has "
             f"{LATENT_SCALE[family]}."
         )
-    return kl_encoder(model, device, dtype)
+    return model
 
 
 def kl_encoder(model: AutoencoderKL, device, dtype: torch.dtype):
@@ -90,7 +109,13 @@ def kl_encoder(model: AutoencoderKL, device, dtype: torch.dtype):
     return fingerprint, encode
 
 
-def load_taesd(tensors: dict[str, Tensor], device, dtype: torch.dtype):
+def kl_decoder(model: AutoencoderKL, device, dtype: torch.dtype):
+    model = model.eval().requires_grad_(False).to(device, dtype)
+    del model.encoder
+    return lambda latent: model.decode(latent).sample / 2 + 0.5
+
+
+def taesd_encoder(tensors: dict[str, Tensor], device, dtype: torch.dtype):
     """TAESD as ComfyUI keeps it: `vae_scale` turns its latents into those of the big VAE; the mean alone."""
     fingerprint = weights_id(weight for name, weight in tensors.items() if name.startswith(("taesd_encoder.", "vae_s")))
     encoder = AutoencoderTiny().encoder
@@ -99,7 +124,7 @@ def load_taesd(tensors: dict[str, Tensor], device, dtype: torch.dtype):
         name.removeprefix(prefix): weight for name, weight in tensors.items() if name.startswith(prefix)
     })  # fmt: skip
     encoder = encoder.eval().requires_grad_(False).to(device, dtype)
-    scale, shift = (float(tensors.get(f"vae_{name}", value)) for name, value in (("scale", 1.0), ("shift", 0.0)))
+    scale, shift = taesd_scale(tensors)
 
     @torch.inference_mode()
     def encode(pixels: Tensor) -> Tensor:
@@ -107,6 +132,21 @@ def load_taesd(tensors: dict[str, Tensor], device, dtype: torch.dtype):
         return latent / scale + shift  # (B, 4, H/8, W/8)
 
     return fingerprint, encode
+
+
+def taesd_scale(tensors: dict[str, Tensor]) -> tuple[float, float]:
+    return float(tensors.get("vae_scale", 1.0)), float(tensors.get("vae_shift", 0.0))
+
+
+def taesd_decoder(tensors: dict[str, Tensor], device, dtype: torch.dtype):
+    decoder, prefix = AutoencoderTiny().decoder, "taesd_decoder."
+    names = {name: name.removeprefix(prefix).partition(".") for name in tensors if name.startswith(prefix)}
+    decoder.layers.load_state_dict({  # ComfyUI counts the clamp in front as a layer
+        f"{int(layer) - 1}.{leaf}": tensors[name] for name, (layer, _, leaf) in names.items()
+    })  # fmt: skip
+    decoder = decoder.eval().requires_grad_(False).to(device, dtype)
+    scale, shift = taesd_scale(tensors)
+    return lambda latent: decoder((latent - shift) * scale) / 2 + 0.5
 
 
 def load_t5(path: Path, limit: int, device, dtype: torch.dtype | None):

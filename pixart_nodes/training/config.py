@@ -62,8 +62,9 @@ POSITIVE = (
     "rank", "alpha", "lcm.num_ddim_timesteps", "lcm.huber_c", "lcm.guidance", "controlnet.blocks",
     "weak_to_strong.caption_tokens", "weak_to_strong.kv_scale_factor",
 )  # fmt: skip
-NOT_NEGATIVE = ("warmup_steps", "weight_decay", "prior_loss_weight", "sample_every", "seed")
+NOT_NEGATIVE = ("warmup_steps", "weight_decay", "prior_loss_weight", "sample_every", "validate_every", "seed")
 OPTIONAL = ("min_snr_gamma", "base.base_size", "weak_to_strong.base_size", "weak_to_strong.pe_interpolation")
+PRODIGY_LOWEST = 0.01
 SHARES = ("caption_dropout", "ema_decay", "lcm.ema_decay")
 
 
@@ -150,6 +151,8 @@ class RunConfig:
     save_every: int = 500
     keep: int = 3
     sample_every: int = 250  # 0: no samples
+    validate_every: int = 250  # 0: the loss on the set's validation pictures is not measured
+    vae: str = ""  # a file or diffusers folder that samples are decoded with; empty: rough colours
 
     @classmethod
     def from_dict(cls, given: dict) -> "RunConfig":
@@ -159,7 +162,10 @@ class RunConfig:
             problems.append(f"version is {given['version']}; this pack reads version 1.")
         if problems:
             raise ValueError(" ".join(problems))
-        chosen = {**defaults(str(given.get("recipe", cls.recipe))), **given}
+        chosen = defaults(str(given.get("recipe", cls.recipe)))
+        if given.get("optimizer") == "prodigy":
+            chosen["learning_rate"] = 1.0  # a factor of the rate that it finds
+        chosen |= given
         for name, kind in GROUPS.items():
             if name in chosen:
                 chosen[name] = kind(**chosen[name])
@@ -195,6 +201,9 @@ class RunConfig:
         if self.base_quantization != "none" and not (adapter or self.recipe == "controlnet"):
             problems.append(f"base_quantization {self.base_quantization} needs frozen weights, but {self.recipe} "
                             "trains all of them: set it to none.")  # fmt: skip
+        if self.optimizer == "prodigy" and self.learning_rate < PRODIGY_LOWEST:
+            problems.append(f"learning_rate is {self.learning_rate!r}, but prodigy finds the rate and multiplies it "
+                            "with this: set it to 1.")  # fmt: skip
         if self.output.export in ("kohya", "peft") and not adapter:
             problems.append(f"output.export {self.output.export} is for LoRA; {self.recipe} writes native.")
         if self.output.export == "diffusers" and self.weak_to_strong.kv_sampling and self.recipe == "weak-to-strong":

@@ -1,9 +1,12 @@
-"""Samples of a run: the cached validation prompts, drawn with fixed noise, as latents and as rough colours.
+"""Samples of a run: the cached validation prompts, drawn with fixed noise, as latents and as pictures.
 
-The trainer has no VAE. The colours are linear guesses from the latent; the .safetensors beside them decode in any
-VAE node.
+The pictures are decoded where run.json names a VAE; else they are linear guesses of the colours from the latent. The
+.safetensors beside them decode in any VAE node.
 """
 
+import logging
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,7 +18,10 @@ from ..data.dataset import seeded
 from ..data.index import Index
 from ..diffusion.consistency import consistency_function
 from ..diffusion.schedule import alphas_cumprod, predict_x0
-from .recipes import Recipe
+from .recipes import Recipe, Start
+
+logger = logging.getLogger(__name__)
+Painter = Callable[[Tensor], Image.Image]  # scaled latent (4, H, W) -> a picture of 8 W x 8 H
 
 STEPS, LCM_STEPS = 20, 4
 NOISE = 3  # what a random stream decides; 0 to 2 are taken
@@ -29,7 +35,7 @@ COLOURS = {
 
 
 @torch.no_grad()
-def draw_samples(recipe: Recipe, index: Index, folder: Path, step: int) -> list[str]:
+def draw_samples(recipe: Recipe, index: Index, folder: Path, step: int, paint: Painter) -> list[str]:
     """Writes step-000250_0.png, ... and step-000250.safetensors; the names of the pictures. Empty without prompts."""
     network, latents, names = recipe.network, {}, []
     for i, (_, features) in enumerate(index.prompts()):
@@ -37,7 +43,7 @@ def draw_samples(recipe: Recipe, index: Index, folder: Path, step: int) -> list[
         latents[f"latent_{i}"] = latent = denoise(recipe, network, index, features, row, i)
         names.append(f"step-{step:06}_{i}.png")
         folder.mkdir(parents=True, exist_ok=True)
-        colours(latent[0], recipe.start.family).save(folder / names[-1])
+        paint(latent[0]).save(folder / names[-1])
     if latents:
         save_atomic(latents, folder / f"step-{step:06}.safetensors", {"pixart.format": "scaled latents"})
     return names
@@ -71,11 +77,38 @@ def denoise(recipe: Recipe, network, index: Index, features: Tensor, row: int, n
         x = a.sqrt().float() * x0 + (1 - a).sqrt().float() * (noise() if recipe.consistency else eps)
 
 
+def make_painter(vae: str, start: Start) -> tuple[Painter, str]:
+    """What turns latents into pictures, and why it is not the VAE that was asked for, else ""."""
+    plain = partial(colours, family=start.family)
+    dtype = torch.bfloat16 if start.dtype == torch.bfloat16 else torch.float32  # fp16 is too narrow for SDXL's VAE
+    if not vae:
+        return plain, ""
+    from ..data.loading import load_decoder
+
+    try:
+        decode = load_decoder(Path(vae), start.family, start.device, dtype)
+    except (ValueError, OSError, RuntimeError) as error:
+        return plain, f"Samples are drawn in rough colours: {error}"
+
+    def paint(latent: Tensor) -> Image.Image:
+        try:
+            with torch.autocast(start.device.type, enabled=False):
+                return picture(decode(latent[None].float())[0])
+        except RuntimeError as error:  # most likely too little memory, which training shall not feel
+            logger.warning("a sample is drawn in rough colours: %s", error)
+            return plain(latent)
+
+    return paint, ""
+
+
 def colours(latent: Tensor, family: str) -> Image.Image:
     """(4, H, W) -> a picture of W x H, enlarged 8 times."""
     factors, offset = (torch.tensor(values) for values in COLOURS[family])
     pixels = (torch.einsum("chw,cd->hwd", latent.float().cpu(), factors) + offset + 1) / 2
-    pixels = (pixels.nan_to_num(0.0).clamp(0, 1) * 255).round().to(torch.uint8)
-    height, width = pixels.shape[:2]
-    picture = Image.frombytes("RGB", (width, height), bytes(pixels.flatten().tolist()))
-    return picture.resize((width * 8, height * 8), Image.Resampling.BICUBIC)
+    small = picture(pixels)
+    return small.resize((small.width * 8, small.height * 8), Image.Resampling.BICUBIC)
+
+
+def picture(pixels: Tensor) -> Image.Image:
+    """(H, W, 3) in 0..1; what is no number is black."""
+    return Image.fromarray((pixels.nan_to_num(0.0).clamp(0, 1) * 255).round().to(torch.uint8).numpy())

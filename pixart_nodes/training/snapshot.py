@@ -1,19 +1,20 @@
 """What a checkpoint of a run holds: trained weights, optimizer, averages, and the place in the data."""
 
+import json
 import logging
 import shutil
 
 import torch
 
 from ..checkpoints.files import load_file_tensors, save_atomic
-from .run_dir import RunFolder
+from .run_dir import VALIDATION, RunFolder, is_whole
 
 logger = logging.getLogger(__name__)
 
 WEIGHTS, STATE = "weights.safetensors", "state.pt"
 
 
-def save_snapshot(folder: RunFolder, step: int, recipe, optimizer, ema, batches, scaler=None):
+def save_snapshot(folder: RunFolder, step: int, recipe, optimizer, ema, batches, scaler=None, validation_loss=None):
     """Writes checkpoints/step-<step>, whole or not at all, and returns it. Raises OSError when there is no room."""
     weights = {name: p.detach() for name, p in recipe.trained().items()}
     state = {
@@ -29,6 +30,8 @@ def save_snapshot(folder: RunFolder, step: int, recipe, optimizer, ema, batches,
         )
     with folder.new_checkpoint(step) as path:
         save_atomic(weights, path / WEIGHTS)
+        if validation_loss is not None:
+            (path / VALIDATION).write_text(json.dumps({"loss": validation_loss}), encoding="utf-8")
         try:
             torch.save(state, path / STATE)
         except RuntimeError as error:  # torch's archive writer reports a full disk so
@@ -36,12 +39,14 @@ def save_snapshot(folder: RunFolder, step: int, recipe, optimizer, ema, batches,
     return folder.checkpoints / f"step-{step:06}"
 
 
-def load_snapshot(folder: RunFolder, recipe, optimizer, ema, batches, scaler=None) -> int:
-    """Takes up the newest whole checkpoint, if any, and returns the step to go on with.
+def load_snapshot(folder: RunFolder, recipe, optimizer, ema, batches, scaler=None, path=None) -> int:
+    """Takes up the checkpoint at `path`, or else the newest whole one, if any; returns the step to go on with.
 
-    Raises ValueError when run.json has changed so that the checkpoint does not fit.
+    Raises ValueError when run.json has changed so that the checkpoint does not fit, or when that one is not whole.
     """
-    path = next(folder.complete_checkpoints(), None)
+    if path is not None and not is_whole(path):
+        raise ValueError(f"{path} is no whole checkpoint: those are in checkpoints/step-... of a run's folder.")
+    path = path or next(folder.complete_checkpoints(), None)
     if path is None:
         return 0
     weights, _ = load_file_tensors(path / WEIGHTS)

@@ -23,22 +23,20 @@ from ..data.index import Index
 from ..model.transformer import PixArtBlock
 from .config import RunConfig
 from .ema import EMA
+from .failures import NotFinite, broke_down, is_out_of_memory, out_of_memory
 from .optimizers import run_optimizer
-from .preview import draw_samples
+from .preview import draw_samples, make_painter
 from .recipes import RECIPES, Draws, Start
 from .recipes.base import on_device
 from .run_dir import RunFolder
 from .snapshot import load_snapshot, save_snapshot
+from .validation import Validation, has_validation
 
 logger = logging.getLogger(__name__)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 EMA_CHOICE = {"auto": None, "ema": True, "raw": False}
 POLL = 0.5  # seconds between looks for commands while paused
-
-
-class NotFinite(ArithmeticError):
-    """The loss or the gradient is not a number."""
 
 
 def precision_of(config: RunConfig) -> str:
@@ -79,16 +77,20 @@ def learning_rate(config: RunConfig, step: int) -> float:
 
 
 def checkpoint_blocks(network):
-    """Blocks keep only their input for the backward pass and run again there."""
+    """Blocks keep only their input for the backward pass and run again there. Nothing in them is random."""
+    options = {"use_reentrant": False, "preserve_rng_state": False, "determinism_check": "none"}
     for module in network.modules():
         if isinstance(module, PixArtBlock):
-            module.forward = partial(checkpoint, module.forward, use_reentrant=False)
+            module.forward = partial(checkpoint, module.forward, **options)
 
 
 class Trainer:
-    """Prepares everything, and raises ValueError or OSError with one sentence for what is wrong."""
+    """Prepares everything, and raises ValueError or OSError with one sentence for what is wrong.
 
-    def __init__(self, config: RunConfig, folder: RunFolder, accelerator: Accelerator):
+    Goes on from the newest checkpoint, or from the one that is given.
+    """
+
+    def __init__(self, config: RunConfig, folder: RunFolder, accelerator: Accelerator, checkpoint: Path | None = None):
         self.config, self.folder, self.accelerator = config, folder, accelerator
         self.main, self.device = accelerator.is_main_process, accelerator.device
         rank, world = accelerator.process_index, accelerator.num_processes
@@ -102,6 +104,10 @@ class Trainer:
             caption_dim=start.params.caption_channels,
         )  # fmt: skip
         recipe.open_data(self.index, config.batch_size, rank, world)
+        measured = config.validate_every and has_validation(self.index)
+        self.validation = Validation(recipe, self.index, rank, world) if measured else None
+        self.validated: tuple[int, float] = (-1, math.nan)  # step and loss of the last measurement
+        self.paint = None
         if config.gradient_checkpointing:
             checkpoint_blocks(recipe.network)
         self.trained = recipe.trained()
@@ -109,7 +115,8 @@ class Trainer:
             config.optimizer, list(self.trained.values()), config.learning_rate, config.weight_decay
         )
         self.ema = EMA(recipe.network, config.ema_decay) if config.ema_decay else None
-        self.step = load_snapshot(folder, recipe, optimizer, self.ema, self.batches, accelerator.scaler)
+        parts = (recipe, optimizer, self.ema, self.batches, accelerator.scaler)
+        self.step = load_snapshot(folder, *parts, path=checkpoint)
         self.network, self.optimizer = accelerator.prepare(recipe.network, optimizer)
         self.stream = iter(self.batches)
         self.stopping = ""  # why, once somebody has asked
@@ -128,8 +135,9 @@ class Trainer:
         logger.info("%s", self.batches.summary())
         rate = config.learning_rate
         logger.info("learning rate %g, global batch %d, from step %d", rate, self.global_batch, self.step)
-        if self.step == 0 and config.sample_every:
-            self.sample()
+        if self.step == 0:
+            self.validate_if_due(True)
+            self.sample_if_due(True)
         saved = self.step
         while self.step < config.steps and not self.obey():
             record = self.update()
@@ -137,17 +145,26 @@ class Trainer:
                 self.folder.add_event("step", **record)
                 self.folder.write_status(step=self.step)
             last = self.step == config.steps
-            if self.step % config.save_every == 0 or last:
+            saving = last or self.step % config.save_every == 0
+            self.validate_if_due(saving)  # first, so that the checkpoint knows how good it is
+            if saving:
                 self.save()
                 saved = self.step
-            if config.sample_every and (self.step % config.sample_every == 0 or last):
-                self.sample()
+            self.sample_if_due(last)
         if self.step < config.steps:
             self.tell(state="stopping")
             if saved != self.step:
                 self.save()
             return "stopped"
         return "done"
+
+    def validate_if_due(self, surely: bool):
+        if self.validation and (surely or self.step % self.config.validate_every == 0):
+            self.validate()
+
+    def sample_if_due(self, surely: bool):
+        if self.config.sample_every and (surely or self.step % self.config.sample_every == 0):
+            self.sample()
 
     def update(self) -> dict:
         """One update of the weights; what the monitor shows about it. Raises NotFinite before any weight is touched."""
@@ -168,8 +185,9 @@ class Trainer:
         if self.ema:
             self.ema.update(self.recipe.network)
         self.step += 1
+        found = self.optimizer.param_groups[0].get("d", 1.0)  # Prodigy's own part of the rate
         seconds = time.monotonic() - began
-        return {"step": self.step, "loss": loss, "losses": parts, "lr": rate, "grad_norm": norm,
+        return {"step": self.step, "loss": loss, "losses": parts, "lr": rate * found, "grad_norm": norm,
                 "seconds_per_step": seconds, "memory_bytes": memory(self.device),
                 "eta_s": seconds * (config.steps - self.step)}  # fmt: skip
 
@@ -224,11 +242,22 @@ class Trainer:
         broadcast_object_list(box)
         return box[0]
 
+    def validate(self):
+        with self.accelerator.autocast():
+            loss = self.accelerator.reduce(self.validation.share(), "sum").item()
+        if not math.isfinite(loss):
+            return self.warn(f"The validation loss at step {self.step} is no number.")
+        self.validated = (self.step, loss)
+        if self.main:
+            self.folder.add_event("validation", step=self.step, loss=loss)
+
     def save(self):
         if self.main:
+            step, loss = self.validated
             path = save_snapshot(
-                self.folder, self.step, self.recipe, self.optimizer, self.ema, self.batches, self.accelerator.scaler
-            )
+                self.folder, self.step, self.recipe, self.optimizer, self.ema, self.batches, self.accelerator.scaler,
+                loss if step == self.step else None,
+            )  # fmt: skip
             self.folder.prune(self.config.keep, self.step)
             self.folder.add_event("checkpoint", step=self.step, path=str(path.relative_to(self.folder.path)))
         self.accelerator.wait_for_everyone()
@@ -236,9 +265,13 @@ class Trainer:
     def sample(self):
         """Draws the validation prompts; a failure is a warning and never ends the run."""
         if self.main:
+            if self.paint is None:
+                self.paint, problem = make_painter(self.config.vae, self.recipe.start)
+                if problem:
+                    self.warn(problem)
             try:
                 with self.accelerator.autocast():
-                    files = draw_samples(self.recipe, self.index, self.folder.samples, self.step)
+                    files = draw_samples(self.recipe, self.index, self.folder.samples, self.step, self.paint)
                 if files:
                     self.folder.add_event("sample", step=self.step, files=files)
             except (RuntimeError, ValueError, OSError) as error:
@@ -270,24 +303,11 @@ class Trainer:
 
     def sentence(self, error: BaseException) -> str:
         """What went wrong while training, and what to do."""
-        config, step = self.config, self.step + 1
         if isinstance(error, NotFinite):
-            names = ", ".join(sorted({self.index.name(row) for row in self.rows})[:8])
-            return (f"Training broke down at step {step} ({error}) with the pictures {names}. The last checkpoint "
-                    "is good. Try a lower learning rate, precision fp32, or leave these pictures out.")  # fmt: skip
+            return broke_down(error, self.step + 1, {self.index.name(row) for row in self.rows})
         if is_out_of_memory(error):
-            height, width = (8 * side for side in self.shape[-2:]) if self.shape else (0, 0)
-            advice = ["gradient checkpointing"] * (not config.gradient_checkpointing)
-            advice += [f"batch_size 1 with {config.batch_size} times the accumulation"] * (config.batch_size > 1)
-            advice += ["an 8-bit or nf4 base"] * (config.base_quantization == "none")
-            advice += ["optimizer adamw8bit", "a smaller size of the pictures"]
-            return (f"Out of memory at step {step} (batch {config.batch_size}, {width} x {height} px). "
-                    f"Try {', or '.join(advice)}.")  # fmt: skip
+            return out_of_memory(self.config, self.step + 1, self.shape)
         return str(error) or repr(error)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or "can't allocate memory" in str(error)
 
 
 def memory(device: torch.device) -> int:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import T5EncoderModel
 
 from pixart_nodes.data import loading
-from pixart_nodes.data.loading import load_encoders, load_t5, load_vae
+from pixart_nodes.data.loading import load_decoder, load_encoders, load_t5, load_vae
 
 TINY_T5 = Path(loading.__file__).parents[1] / "assets" / "tiny" / "text_encoders" / "pixart-tiny-t5"
 SMALL = {"block_out_channels": (32, 32), "layers_per_block": 1, "latent_channels": 4,
@@ -119,3 +119,12 @@ def test_sigma_reads_more_tokens_and_keeps_the_case():
     assert (alpha.token_limit, sigma.token_limit) == (120, 300)
     assert (alpha.prepare("A <b>Fox</b> "), sigma.prepare(" A Fox ")) == ("a fox", "A Fox")
     assert len({alpha.caption_key("x"), sigma.caption_key("x")}) == 2
+
+
+def test_a_decoder_gives_back_the_pixels_of_the_vaes_own_decode(vae, tmp_path):
+    vae.save_pretrained(tmp_path)
+    latent = torch.randn(2, 4, 8, 12)
+    with torch.no_grad():
+        expected = (vae.decode(latent / 0.13025).sample / 2 + 0.5).clamp(0, 1).movedim(1, -1)
+    found = load_decoder(tmp_path, "sigma", "cpu", torch.float32)(latent)
+    torch.testing.assert_close(found, expected)

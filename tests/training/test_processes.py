@@ -75,6 +75,35 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint_to_the_same_weights(make_
     assert all(torch.equal(weight, second[name]) for name, weight in first.items())
 
 
+HALF_A_CHECKPOINT = """
+import os, signal, sys, torch
+from pixart_nodes.training.__main__ import main
+
+write = torch.save
+def save(state, path):
+    write(state, path)
+    if state["step"] == 4:
+        os.truncate(path, os.path.getsize(path) // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+torch.save = save
+main(sys.argv[1:])
+"""
+
+
+def test_a_run_that_is_killed_while_it_saves_goes_on_from_the_checkpoint_before(make_run):
+    fields = {"steps": 6, "save_every": 2, "caption_dropout": 0.5, "ema_decay": 0.9}
+    killed, whole = (make_run("full", name=name, **fields) for name in ("killed", "whole"))
+    words = [sys.executable, "-c", HALF_A_CHECKPOINT, str(killed.path / "run.json")]
+    assert subprocess.run(words, cwd=ROOT, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}).returncode == -signal.SIGKILL
+    assert [path.name for path in killed.complete_checkpoints()] == ["step-000002"]
+    assert list(killed.checkpoints.glob(".step-000004.tmp"))
+    assert [train(folder.path / "run.json") for folder in (killed, whole)] == [DONE, DONE]
+    first, second = (weights(folder, 6) for folder in (killed, whole))
+    assert all(torch.equal(weight, second[name]) for name, weight in first.items())
+    assert not list(killed.checkpoints.glob(".*"))
+
+
 @pytest.mark.parametrize("how", ["signal", "pipe", "parent"])
 def test_a_signal_or_a_lost_parent_stops_the_run_with_a_checkpoint(make_run, how):
     folder = make_run("full", steps=100_000, save_every=100_000)

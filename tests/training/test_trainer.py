@@ -163,3 +163,16 @@ def test_a_cache_folder_with_several_sets_must_name_one(tmp_path):
     write_cache(tmp_path, roles=("train",))
     with pytest.raises(ValueError, match="name one"):
         module.open_cache(tmp_path)
+
+
+def test_a_checkpoint_can_be_exported_and_is_what_a_run_of_that_length_ends_with(make_run, capsys):
+    fields = {"save_every": 2, "ema_decay": 0.9}
+    short, long = (make_run("full", name=f"run{steps}", steps=steps, **fields) for steps in (2, 4))
+    assert [train(folder.path / "run.json") for folder in (short, long)] == [DONE, DONE]
+    events = long.read_events()
+    assert main(["export", str(long.checkpoints / "step-000002")]) == DONE
+    written = capsys.readouterr().out.strip()
+    assert Path(written).name == "run4-step-000002.safetensors"
+    assert same(weights_of(short), load_transformer(written)[0].state_dict())
+    assert long.read_events() == events and read_status(long)["state"] == "done"
+    assert main(["export", str(long.checkpoints / "step-000003")]) == FAILED

@@ -83,7 +83,7 @@ class Recipe(ABC):
     def losses(self, network, batch: Batch, draws: Draws, number: int) -> dict[str, Tensor]:
         """The parts of the loss, scalars to be added. network: self.network as accelerate wraps it; number: of the
         micro-batch."""
-        return self.denoising_losses(network, batch, draws)
+        return self.picture_losses(network, batch, draws)
 
     def after_update(self):  # noqa: B027 - an optional hook
         """Called behind each optimizer update."""
@@ -95,8 +95,9 @@ class Recipe(ABC):
     def load_state(self, state: dict[str, Tensor]):  # noqa: B027 - an optional hook
         """Takes back what `state` gave."""
 
-    def denoising_losses(self, network, batch: Batch, draws: Draws) -> dict[str, Tensor]:
-        """Noise MSE and, where the network predicts one, the variance's bound (PixArt gaussian_diffusion.py:681)."""
+    def picture_losses(self, network, batch: Batch, draws: Draws) -> dict[str, Tensor]:
+        """The part that is about these pictures, which is what validation measures. Here noise MSE and, where the
+        network predicts one, the variance's bound (PixArt gaussian_diffusion.py:681)."""
         latent = batch.latent
         noise, t = draws.normal(latent), draws.integers(NUM_TIMESTEPS, latent.device)
         x = self.posterior.add_noise(latent, noise, t)

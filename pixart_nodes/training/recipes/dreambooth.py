@@ -26,7 +26,7 @@ class DreamBooth(Lora):
             )
 
     def losses(self, network, batch: Batch, draws: Draws, number: int):
-        losses = self.denoising_losses(network, batch, draws)
+        losses = self.picture_losses(network, batch, draws)
         if self.prior is not None:
             prior = on_device(self.prior.batch(number), batch.latent.device)
             losses["prior"] = self.config.prior_loss_weight * self.prior_loss(network, prior, draws)

@@ -8,6 +8,7 @@ from abc import abstractmethod
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from ...data.dataset import Batch
 from ...diffusion.consistency import DDIMSolver, consistency_function, lcm_target
@@ -44,21 +45,29 @@ class Distillation(Recipe):
     def target(self, *arguments, **extras) -> Tensor:
         """The noise estimate of the network that the student is to agree with."""
 
-    def losses(self, network, batch: Batch, draws: Draws, number: int) -> dict[str, Tensor]:
+    def picture_losses(self, network, batch: Batch, draws: Draws) -> dict[str, Tensor]:
         solver, extras, latent = self.solver, self.extras(batch), batch.latent
         index = draws.integers(len(solver.timesteps), latent.device)
         t = solver.timesteps[index]
         x = self.posterior.add_noise(latent, draws.normal(latent), t)
         student = network(x, t, self.context(batch, draws), batch.mask, **extras).float()
         with torch.no_grad():
-            cond = self.teacher(x, t, batch.context, batch.mask, **extras).float()
-            uncond = self.teacher(x, t, *self.null(batch), **extras).float()
+            cond, uncond = self.guided_pair(x, t, batch, extras)
             target = lcm_target(
                 solver, lambda x, t: self.target(x, t, batch.context, batch.mask, **extras).float(),
                 x, cond, uncond, index, self.config.lcm.guidance,
             )  # fmt: skip
         prediction = consistency_function(x, student, t, solver.alphas)
         return {"consistency": pseudo_huber(prediction, target, self.config.lcm.huber_c).mean()}
+
+    def guided_pair(self, x: Tensor, t: Tensor, batch: Batch, extras: dict) -> tuple[Tensor, Tensor]:
+        """The teacher's noise for the captions and for the null caption, in one pass."""
+        null, null_mask = self.null(batch)
+        missing = batch.mask.shape[1] - null_mask.shape[1]  # Sigma's null caption is one token
+        contexts = torch.cat([batch.context.to(x), pad(null, (0, 0, 0, missing)).to(x)])
+        masks = torch.cat([batch.mask, pad(null_mask, (0, missing))])
+        twice = {name: torch.cat([value, value]) for name, value in extras.items()}
+        return self.teacher(torch.cat([x, x]), torch.cat([t, t]), contexts, masks, **twice).float().chunk(2)
 
     def null(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Sigma's null caption is T5("") under its own mask; alpha's has none and takes the caption's."""

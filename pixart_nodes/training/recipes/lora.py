@@ -21,6 +21,7 @@ LAYOUTS = {"native": "comfyui"}  # the others are called the same
 class Lora(Recipe):
     def build(self) -> nn.Module:
         from peft import LoraConfig, get_peft_model
+        from peft.tuners.tuners_utils import BaseTunerLayer
 
         config, start = self.config, self.start
         start.model.to(start.device, start.dtype).requires_grad_(False)
@@ -37,6 +38,9 @@ class Lora(Recipe):
         for parameter in network.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
+        for module in network.modules():
+            if isinstance(module, BaseTunerLayer):  # autocast would undo its cast of every input to fp32
+                module.cast_input_dtype_enabled = False
         return network
 
     def export(self, path: Path, metadata: dict[str, str]) -> Path:
