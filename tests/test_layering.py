@@ -23,8 +23,8 @@ ALLOWED = {
     "training": {"torch", "accelerate", "peft", "bitsandbytes", "diffusers", "PIL", "psutil", "came_pytorch",
                  "prodigyopt", "model", "diffusion", "checkpoints", "data"},
     "comfy_bridge": {"torch", "bitsandbytes", *COMFYUI, "model", "diffusion", "checkpoints", "vae", "text"},
-    "jobs": {"server", "training.config", "training.run_dir", "training.events"},
-    "nodes": {"torch", *COMFYUI, "comfy_bridge", "jobs", "text", "data", "training.config"},
+    "jobs": {"aiohttp", "psutil", "PIL", "training.config", "training.run_dir", "training.events"},
+    "nodes": {"torch", *COMFYUI, "comfy_bridge", "jobs", "text", "data", "training.config", "training.run_dir"},
 }
 RUN_FOLDER_MODULES = ("config", "run_dir", "events")   # ComfyUI's process reads a run with these, so no torch
 

@@ -13,6 +13,18 @@ from comfy_execution.utils import get_executing_context
 NEWER_KEYWORDS = {"search_aliases", "essentials_category", "has_intermediate_output", "advanced"}
 
 
+class AnyType(str):
+    """The type of an output that may be connected to every input, also to a list of names, whose type is the list."""
+
+    def __new__(cls, value="*"):  # copies are made with a value
+        return super().__new__(cls, value)
+
+    def __ne__(self, other):
+        return False
+
+    __hash__ = str.__hash__
+
+
 def build(cls, *args, **keywords):
     """`cls(*args, **keywords)` for io.Schema and io.X.Input, without the presentation this ComfyUI does not know."""
     known = inspect.signature(cls.__init__).parameters

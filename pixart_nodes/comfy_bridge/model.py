@@ -117,6 +117,7 @@ class PixArtModel(comfy.model_base.PixArt):
         self.params = detection.params
         self.detection = detection
         self.source = source  # the file's name, for messages
+        self.loaded_with = {}  # path and options of load_pixart
 
     def extra_conds(self, **kwargs):
         """What the network gets besides latent and timestep. Raises ValueError for conditioning made for others."""
@@ -209,6 +210,7 @@ def load_pixart(
     make_room_before_sampling(patcher)
     # ComfyUI loads the model a second time through this: LoRA training, schedules of LoRAs, other devices.
     patcher.cached_patcher_init = (load_pixart, (path, family, base_size, weight_dtype, weights, beside_control))
+    model.loaded_with = {"path": path, "base_size": base_size, "weight_dtype": weight_dtype, "weights": weights}
     return patcher
 
 

@@ -14,7 +14,7 @@ BUNDLED = Path(__file__).parents[1] / "assets" / "tiny"
 
 def register_bundled_models():
     """Adds the tiny model family that ships with the pack to ComfyUI's search paths, after the user's own."""
-    for folder in ("diffusion_models", "text_encoders", "vae", "controlnet"):
+    for folder in ("diffusion_models", "text_encoders", "vae", "controlnet", "loras"):
         folder_paths.add_model_folder_path(folder, str(BUNDLED / folder), is_default=False)
 
 

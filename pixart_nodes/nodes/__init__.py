@@ -17,6 +17,7 @@ from . import (
     sampling,
     speed,
     text,
+    training,
 )
 from .replacements import REPLACEMENTS
 
@@ -30,10 +31,11 @@ class PixArtExtension(ComfyExtension):
             *loaders.NODES, *text.NODES, *resolution.NODES, *sampling.NODES,
             *control.NODES, *few_step.NODES, *highres.NODES, *highres_vae.NODES, *lora.NODES,
             *speed.NODES,
-            *dataset.NODES, *cache_features.NODES,
+            *dataset.NODES, *cache_features.NODES, *training.NODES,
         ]  # fmt: skip
 
 
 def extension() -> PixArtExtension:
     register_bundled_models()
+    training.register_monitor()
     return PixArtExtension()

@@ -3,6 +3,7 @@
     accelerate launch -m pixart_nodes.training run.json [--dry-run]
     python -m pixart_nodes.training check run.json
     python -m pixart_nodes.training stop|pause|resume|save|sample RUN_FOLDER
+    python -m pixart_nodes.training export RUN_FOLDER/checkpoints/step-000500
 
 The folder of run.json is the run's folder. Killed at any moment, the same command goes on from the last checkpoint.
 Exit status: 0 done, 3 stopped on command, 1 failed (status.json has the sentence).
@@ -16,11 +17,11 @@ import stat
 import sys
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
-from .run_dir import COMMANDS, RunFolder
+from .run_dir import COMMANDS, Busy, RunFolder
 
 logger = logging.getLogger("pixart_nodes.training")
 
@@ -62,8 +63,12 @@ def watch_parent(stop):
     def wait_for_process():
         import psutil
 
-        while psutil.pid_exists(int(pid)):
-            time.sleep(PARENT_POLL)
+        try:
+            parent = psutil.Process(int(pid))
+            while parent.is_running() and parent.status() != psutil.STATUS_ZOMBIE:
+                time.sleep(PARENT_POLL)
+        except psutil.NoSuchProcess:
+            pass
         stop("the program that started the run has ended")
 
     if fd.isdigit() and is_pipe(int(fd)):
@@ -100,9 +105,18 @@ def stoppable(trainer):
 
 
 def train(path: Path, dry_run: bool = False) -> int:
-    """Runs the run.json at `path`; the exit status."""
+    """Runs the run.json at `path`, unless another process does; the exit status."""
     folder = RunFolder(path.parent)
     is_main = os.environ.get("RANK", "0") == "0"
+    try:
+        with folder.claimed() if is_main else nullcontext():
+            return run(folder, is_main, dry_run)
+    except Busy as error:
+        logger.error("%s", error)
+        return FAILED
+
+
+def run(folder: RunFolder, is_main: bool, dry_run: bool) -> int:
     if is_main:
         folder.write_status(state="starting", pid=os.getpid(), started=time.time(), error=None, output=None)
     trainer = None
@@ -141,6 +155,24 @@ def record_end(folder: RunFolder, state: str, sentence: str | None = None, outpu
         folder.add_event("end", state=state)
     except OSError as error:
         logger.error("%s cannot be written: %s", folder.path, error)
+
+
+def export(checkpoint: Path) -> int:
+    """Writes what a run had at one of its checkpoints, with the checkpoint's name behind that of the run's result."""
+    from .trainer import Trainer, precision_of
+
+    folder = RunFolder(checkpoint.parents[1])
+    try:
+        config = folder.config()
+        config = replace(config, output=replace(config.output, name=f"{config.output.name}-{checkpoint.name}"))
+        if problems := config.check():
+            raise ValueError(" ".join(problems))
+        trainer = Trainer(config, folder, make_accelerator(precision_of(config)), checkpoint)
+        sys.stdout.write(f"{trainer.export()}\n")
+    except (ValueError, OSError) as error:
+        logger.error("%s", error)
+        return FAILED
+    return DONE
 
 
 def check(path: Path) -> int:
@@ -198,8 +230,10 @@ def main(words=None) -> int:
         return train(Path(command).absolute(), arguments.dry_run)
     if command == "check":
         return check(Path(rest[0]).absolute())
+    if command == "export":
+        return export(Path(rest[0]).absolute())
     if command not in COMMANDS or not Path(rest[0], "run.json").is_file():
-        logger.error("%s %s: the commands are check run.json, and %s with a run's folder.", command, rest[0],
+        logger.error("%s %s: the commands are check run.json, export CHECKPOINT, and %s RUN_FOLDER.", command, rest[0],
                      ", ".join(COMMANDS))  # fmt: skip
         return FAILED
     RunFolder(rest[0]).send(command)

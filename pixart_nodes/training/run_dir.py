@@ -4,7 +4,9 @@ run.json, status.json, events.jsonl, commands/NNNN.json, checkpoints/step-001000
 events.jsonl appears whole, by renaming.
 """
 
+import errno
 import json
+import math
 import os
 import shutil
 import time
@@ -19,6 +21,7 @@ from .config import RunConfig
 COMMANDS = ("pause", "resume", "sample", "save", "stop")
 STATES = ("starting", "running", "paused", "stopping", "done", "stopped", "failed")
 COMPLETE = "complete"  # written last: the sizes and checksums of a checkpoint's files
+VALIDATION = "validation.json"  # in a checkpoint whose validation loss was measured
 
 
 def write_json(path: Path, content: dict):
@@ -30,6 +33,10 @@ def write_json(path: Path, content: dict):
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+
+
+class Busy(RuntimeError):
+    """Another process trains in this folder."""
 
 
 class RunFolder:
@@ -67,12 +74,13 @@ class RunFolder:
     def read_events(self) -> list[dict]:
         return events.read(self.path / "events.jsonl")
 
-    def send(self, command: str):
-        """Leaves a command for the trainer. Raises ValueError for an unknown one."""
+    def send(self, command: str) -> Path:
+        """Leaves a command for the trainer, and returns its file. Raises ValueError for an unknown one."""
         if command not in COMMANDS:
             raise ValueError(f"There is no command {command!r}; there are {', '.join(COMMANDS)}.")
-        number = time.time_ns()
-        write_json(self.commands / f"{number:020}.json", {"command": command})
+        path = self.commands / f"{time.time_ns():020}.json"
+        write_json(path, {"command": command})
+        return path
 
     def waiting(self) -> list[tuple[Path, str]]:
         """Commands that are not done, oldest first; a file that is none has the command ""."""
@@ -84,6 +92,16 @@ class RunFolder:
                 content = None
             found.append((path, content.get("command", "") if isinstance(content, dict) else ""))
         return found
+
+    @contextmanager
+    def claimed(self):
+        """Meanwhile no other process trains here. Raises Busy when one does; a killed one holds nothing."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / "run.lock").open("ab") as file:
+            if not lock(file):
+                pid = self.status().get("pid")
+                raise Busy(f"{self.path} is being trained by process {pid} already: wait, or stop that one.")
+            yield
 
     @contextmanager
     def new_checkpoint(self, step: int) -> Iterator[Path]:
@@ -111,16 +129,43 @@ class RunFolder:
         return sorted(self.checkpoints.glob("step-*"), key=step_of)
 
     def prune(self, keep: int, step: int):
-        """Keeps the checkpoint of `step` and the ones before, `keep` in all; removes what unfinished saves left.
+        """Keeps the checkpoint of `step` and the ones before, `keep` in all, and the one with the lowest validation
+        loss; removes what unfinished saves left.
 
         Later ones are damaged: the run has gone back behind them.
         """
-        kept = [path for path in self.listed() if step_of(path) <= step][-keep:]
+        valid = [path for path in self.listed() if step_of(path) <= step]
+        measured = [path for path in valid if validation_loss(path) < math.inf]
+        kept = [*valid[-keep:], min(measured, key=validation_loss, default=None)]
         for path in self.listed():
             if path not in kept:
                 shutil.rmtree(path)
         for path in self.checkpoints.glob(".step-*.tmp"):
             shutil.rmtree(path, ignore_errors=True)
+
+
+def lock(file) -> bool:
+    """Whether nobody else holds the file; the system lets go of it when it is closed or the process ends."""
+    try:
+        if os.name == "nt":
+            import msvcrt
+
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:  # a file system that has no locks is as good as an unlocked file
+        return error.errno not in (errno.EACCES, errno.EAGAIN, errno.EDEADLK)
+    return True
+
+
+def validation_loss(checkpoint: Path) -> float:
+    """Infinite where it was not measured."""
+    try:
+        return float(json.loads((checkpoint / VALIDATION).read_text(encoding="utf-8"))["loss"])
+    except (OSError, ValueError, TypeError, KeyError):
+        return math.inf
 
 
 def step_of(checkpoint: Path) -> int:

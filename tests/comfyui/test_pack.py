@@ -34,7 +34,7 @@ def test_a_graph_runs_through_the_executor(comfy):
 @pytest.mark.parametrize(
     "name",
     ["PixArtLoadModel", "PixArtSampling", "PixArtResolution", "PixArtLCMSampler", "PixArtLCMSample", "PixArtDMDSampler",
-     "PixArtLoadControlNet", "PixArtApplyControlNet", "PixArtHEDEdges"],
+     "PixArtLoadControlNet", "PixArtApplyControlNet", "PixArtHEDEdges", "PixArtTrain"],
 )
 def test_every_widget_is_explained_and_every_node_has_a_help_page(comfy, name):
     schema = comfy.classes[name].define_schema()

@@ -1,0 +1,111 @@
+"""The folder of all runs: <ComfyUI's output>/pixart_runs/<name>_<month and day>_<time>."""
+
+import itertools
+import time
+from pathlib import Path
+
+from ..training.config import RunConfig
+from ..training.run_dir import COMPLETE, RunFolder, step_of, write_json
+from .watch import is_alive, last_step, read_json, status_of
+
+FOLDER = "pixart_runs"
+ORIGIN = "origin.json"  # who asked for the run; run.json holds nothing but the config
+# What a run can go on with changed: how long, and what is written on the way.
+FREE = ("steps", "warmup_steps", "save_every", "keep", "sample_every", "validate_every", "vae")
+
+
+def run_folders(root: Path) -> list[Path]:
+    """The runs that are directly in the folder, newest first."""
+    if not root.is_dir():
+        return []
+    found = [path for path in root.iterdir() if not path.is_symlink() and (path / "run.json").is_file()]
+    return sorted(found, key=created, reverse=True)
+
+
+def created(run: Path) -> float:
+    return read_json(run / ORIGIN).get("created") or (run / "run.json").stat().st_mtime
+
+
+def create(root: Path, config: RunConfig, **origin) -> RunFolder:
+    """A new run's folder with its run.json and origin.json."""
+    name = f"{config.output.name}_{time.strftime('%m%d_%H%M')}"
+    names = itertools.chain([name], (f"{name}_{number}" for number in itertools.count(2)))
+    path = next(root / name for name in names if not (root / name).exists())
+    write_json(path / ORIGIN, {"created": time.time(), **origin})
+    folder = RunFolder(path)
+    folder.write_config(config)
+    return folder
+
+
+def find(root: Path, config: RunConfig) -> RunFolder | None:
+    """The newest run that this config goes on with: what was trained would be the same, and not more steps than these
+    are done."""
+    for path in run_folders(root):
+        folder = RunFolder(path)
+        try:
+            found = folder.config()
+        except (ValueError, OSError):  # somebody's own, or an older version's
+            continue
+        if essence(found) == essence(config) and (last_checkpoint(path) or 0) <= config.steps:
+            return folder
+    return None
+
+
+def essence(config: RunConfig) -> dict:
+    return {name: value for name, value in config.to_dict().items() if name not in FREE}
+
+
+def is_done(run: Path, steps: int) -> bool:
+    """Whether the run has made this many steps and its result is still there."""
+    status = status_of(run)
+    done = status.get("state") == "done" and status.get("step") == steps
+    return done and bool(status.get("output")) and Path(status["output"]).exists()
+
+
+def note(run: Path, **origin):
+    """Changes these entries of origin.json."""
+    write_json(run / ORIGIN, {"created": created(run), **read_json(run / ORIGIN), **origin})
+
+
+def newest(root: Path, name: str) -> Path | None:
+    """The newest run with this output name."""
+    return next((path for path in run_folders(root) if output_name(path) == name), None)
+
+
+def output_name(run: Path) -> str:
+    output = read_json(run / "run.json").get("output")
+    return str(output.get("name", "")) if isinstance(output, dict) else ""
+
+
+def last_checkpoint(run: Path) -> int | None:
+    steps = [step_of(path) for path in RunFolder(run).listed() if (path / COMPLETE).is_file()]
+    return max(steps, default=None)
+
+
+def samples(run: Path) -> list[dict]:
+    """[{"step", "files"}] by step."""
+    found = {}
+    for path in sorted(RunFolder(run).samples.glob("step-*_*.png")):
+        digits = path.stem.removeprefix("step-").partition("_")[0]
+        if digits.isdigit():
+            found.setdefault(int(digits), []).append(path.name)
+    return [{"step": step, "files": files} for step, files in sorted(found.items())]
+
+
+def summary(run: Path) -> dict:
+    """A run as the list of all runs shows it."""
+    status = status_of(run)
+    alive = is_alive(status)
+    return {
+        "id": run.name, "name": output_name(run), "recipe": read_json(run / "run.json").get("recipe", ""),
+        "created": created(run), "status": status, "alive": alive,
+        "resumable": not alive and status.get("state") != "done", "last": last_step(run),
+    }  # fmt: skip
+
+
+def details(run: Path) -> dict:
+    status = status_of(run)
+    return {
+        "id": run.name, "config": read_json(run / "run.json"), "status": status, "alive": is_alive(status),
+        "last_checkpoint": last_checkpoint(run), "samples": samples(run),
+    }  # fmt: skip
