@@ -61,3 +61,10 @@ def test_every_help_page_is_served_to_the_page(front_end):
     for node in OURS:
         page = front_end.page.evaluate(fetch, f"/extensions/{front_end.pack}/docs/{node}.md")
         assert page.startswith("# ") and "xample" in page
+
+
+@pytest.mark.parametrize("name", ["train_lora", "train_lcm", "train_controlnet"])
+def test_a_training_workflow_opens_with_every_value_in_its_place(front_end, name):
+    front_end.open(workflow(name))
+    assert front_end.nodes("!LiteGraph.registered_node_types[node.type]") == []
+    assert {key: node["inputs"] for key, node in front_end.prompt().items()} == api_copy(name)

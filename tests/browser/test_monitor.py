@@ -1,0 +1,431 @@
+"""The live monitor of training runs, in the real front end, with real runs of the tiny model."""
+
+import os
+import re
+import subprocess
+import sys
+import time
+
+import pytest
+
+from pixart_nodes.training.config import RunConfig
+from pixart_nodes.training.run_dir import RunFolder
+from tests.training.conftest import QUICK, write_base, write_cache
+
+from .conftest import READY, ROOT
+
+SLOW = 180_000  # ms; a trainer starts, on a busy machine
+ONE_RENDERING = pytest.mark.parametrize("front_end", [False], ids=["classic nodes"], indirect=True)
+HTML = "<img src=x onerror=\"document.title='hacked'\"><b>bold</b>"
+
+
+class Panel:
+    """A monitor's panel in the page: in the node or in the sidebar."""
+
+    def __init__(self, page, where):
+        self.page, self.root = page, page.locator(f".pixart-{where}")
+        self.article = self.root.locator("article")
+
+    def wait(self, state, run="", timeout=SLOW):
+        chosen = f'[data-run="{run}"]' if run else ""
+        self.root.locator(f'article[data-state="{state}"]{chosen}').wait_for(timeout=timeout)
+
+    def step(self):
+        return int(self.root.locator("[role=progressbar]").get_attribute("aria-valuenow"))
+
+    def wait_beyond(self, step):
+        self.page.wait_for_function(
+            "([root, step]) => Number(root.querySelector('[role=progressbar]').ariaValueNow) > step",
+            arg=[self.root.element_handle(), step], timeout=SLOW,
+        )  # fmt: skip
+
+    def button(self, command):
+        return self.root.locator(f"[data-command={command}]")
+
+    def disabled(self):
+        found = self.root.locator(".pixart-commands [data-command]:visible")
+        return {button.get_attribute("data-command") for button in found.all() if button.is_disabled()}
+
+    def sample_steps(self):
+        return [int(column.get_attribute("data-step")) for column in self.root.locator(".pixart-column").all()]
+
+    def reading(self, key):
+        """What the curve says at a point chosen with the keyboard."""
+        self.root.locator("canvas").focus()
+        self.page.keyboard.press(key)
+        return self.root.locator(".pixart-reading").inner_text()
+
+
+@pytest.fixture(scope="module")
+def runs(comfy_server):
+    """The folder of runs of the tests' server."""
+    folder = comfy_server.output / "pixart_runs"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def write_run(runs, tmp_path_factory):
+    """write_run(name, recipe, **fields of run.json) -> the RunFolder of a run that is not started."""
+    tiny = tmp_path_factory.mktemp("tiny")
+    base, cache = write_base(tiny / "base.safetensors"), tiny / "cache"
+    write_cache(cache)
+
+    def write(name, recipe="lora", **fields):
+        folder = RunFolder(runs / f"{name}_1123_1200")
+        output = {"name": name, "folder": str(tiny / "models")}
+        given = {"recipe": recipe, "base": {"path": str(base)}, "cache": str(cache), "output": output}
+        folder.write_config(RunConfig.from_dict({**given, **QUICK, "rank": 8, "alpha": 8.0, **fields}))
+        return folder
+
+    return write
+
+
+class LongRun:
+    """A real run that goes on for hours, started as from a shell."""
+
+    def __init__(self, folder):
+        self.folder, self.process = folder, None
+
+    def start(self):
+        """Starts the trainer, if it is not there; it goes on from its last checkpoint."""
+        if self.process is None or self.process.poll() is not None:
+            command = [sys.executable, "-m", "pixart_nodes.training", str(self.folder.path / "run.json")]
+            environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+            with (self.folder.path / "log.txt").open("ab") as log:
+                self.process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
+        return self
+
+    def kill(self):
+        self.process.kill()
+        self.process.wait()
+
+
+@pytest.fixture(scope="module")
+def only_long_run(write_run):
+    run = LongRun(write_run("long", steps=1_000_000, save_every=200))
+    yield run
+    run.kill()
+
+
+@pytest.fixture
+def long_run(only_long_run):
+    return only_long_run.start()
+
+
+def node(info, kind, **given):
+    """A node of an API-form graph, with the defaults of its widgets."""
+    chosen = {}
+    for part in ("required", "optional"):
+        for name, (type_, *rest) in info[kind]["input"].get(part, {}).items():
+            options = type_ if isinstance(type_, list) else (rest[0] if rest else {}).get("options")
+            default = rest[0].get("default") if rest else None
+            if default is not None or options:
+                chosen[name] = options[0] if default is None else default
+    return {"class_type": kind, "inputs": chosen | given}
+
+
+def training_graph(info, name, **widgets):
+    small = {"steps": 5000, "learning_rate": 1e-3, "batch_size": 1, "gradient_accumulation_steps": 1, "rank": 4,
+             "gradient_checkpointing": False, "sample_every": 5000, "save_every": 5000,
+             "mode": "background"}  # fmt: skip
+    return {
+        "1": node(info, "PixArtDataset", folder="pixart-examples/zorb", size="192"),
+        "2": node(info, "VAELoader", vae_name="pixart-tiny-vae.safetensors"),
+        "3": node(info, "PixArtLoadT5", t5_name="pixart-tiny-t5"),
+        "4": node(info, "PixArtCacheFeatures", validation_prompts="a red zorb\na blue circle on a green background",
+                  dataset=["1", 0], vae=["2", 0], clip=["3", 0]),
+        "5": node(info, "PixArtLoadModel", model_name="pixart-tiny-alpha.safetensors"),
+        "6": node(info, "PixArtTrain", cache=["4", 0], model=["5", 0], output_name=name, **small | widgets),
+    }  # fmt: skip
+
+
+def open_page(front_end):
+    front_end.page.goto(front_end.url, wait_until="domcontentloaded")
+    front_end.page.wait_for_function(READY)
+    front_end.page.wait_for_function("Boolean(LiteGraph.registered_node_types.PixArtTrain)")
+
+
+def open_graph(front_end, graph):
+    open_page(front_end)
+    front_end.page.evaluate("async graph => { await app.loadApiJson(graph, 'train') }", graph)
+
+
+def open_node(front_end, run=""):
+    """A graph of one PixArtTrain that remembers a run."""
+    open_page(front_end)
+    front_end.page.evaluate(
+        "run => { app.graph.clear(); const node = LiteGraph.createNode('PixArtTrain');"
+        " node.properties.pixart_run = run; app.graph.add(node) }",
+        run,
+    )
+    show_panel(front_end.page)
+    panel = Panel(front_end.page, "node")
+    panel.article.wait_for()
+    show_panel(front_end.page)  # it has grown
+    return panel, front_end.page
+
+
+def show_panel(page):
+    """Scrolls the graph until the lower end of the training node is in the middle of the page."""
+    page.wait_for_function("app.graph?.nodes.some(node => node.type === 'PixArtTrain')")
+    page.wait_for_timeout(500)  # until the node has its size
+    page.evaluate(
+        "() => { const node = app.graph.nodes.find(node => node.type === 'PixArtTrain'); app.canvas.ds.scale = 1;"
+        " app.canvas.ds.offset = [750 - node.pos[0], 950 - node.pos[1] - node.size[1]];"
+        " app.canvas.setDirty(true, true) }"
+    )
+
+
+def open_sidebar(front_end):
+    front_end.page.locator(".pixart-runs-tab-button").click()
+    return Panel(front_end.page, "sidebar")
+
+
+def requests_during(page, milliseconds):
+    """Addresses of runs that the page asks for."""
+    heard = []
+
+    def hear(request):
+        if "/pixart/runs" in request.url:
+            heard.append(request.url)
+
+    page.on("request", hear)
+    page.wait_for_timeout(milliseconds)
+    page.remove_listener("request", hear)
+    return heard
+
+
+def falls_silent(page):
+    """Whether the page soon asks for nothing more; what is under way may end."""
+    return any(not requests_during(page, 2500) for _ in range(8))
+
+
+def test_a_run_that_is_queued_in_the_page_is_followed_and_steered_from_its_node(front_end, comfy_server, runs, request):
+    name = "classic" if "classic" in request.node.callspec.id else "vue"
+    graph = training_graph(comfy_server.object_info(), name)
+    open_graph(front_end, graph)
+    page, panel = front_end.page, Panel(front_end.page, "node")
+    sent = front_end.prompt()["6"]["inputs"]
+    assert sent == graph["6"]["inputs"]  # the panel is no input
+    page.get_by_test_id("queue-button").click()
+    page.wait_for_function("app.graph.nodes.some(node => node.properties.pixart_run)", timeout=SLOW)
+    show_panel(page)
+    panel.wait("running")
+    panel.wait_beyond(2)
+    folder = RunFolder(runs / panel.article.get_attribute("data-run"))
+    assert folder.config().output.name == name
+
+    first, last = panel.reading("Home"), panel.reading("End")
+    assert first.startswith("step 1\n") and int(last.split("\n")[0].split()[1]) > 1 and "smoothed 0" in last
+    assert re.fullmatch(r"[\d.]+ GiB", panel.root.locator("[data-metric=memory_bytes] .pixart-value").inner_text())
+    assert panel.disabled() == set()
+
+    panel.button("pause").click()
+    panel.wait("paused")
+    assert panel.button("pause").is_hidden() and panel.button("resume").is_enabled()
+    step = panel.step()
+    panel.button("sample").click()  # is obeyed while the run waits
+    panel.root.locator(f'.pixart-column[data-step="{step}"]').wait_for(timeout=SLOW)
+    assert panel.sample_steps() == [0, step]
+    assert panel.root.locator(".pixart-column").first.locator("img").count() == 2  # prompts
+    panel.button("save").click()
+    panel.root.locator(".pixart-key-done").wait_for(timeout=SLOW)
+    assert next(folder.complete_checkpoints()).name == f"step-{step:06}"
+    panel.root.locator(".pixart-picture").last.click()
+    assert page.locator("dialog[open] figure:visible").count() == 2  # step 0 beside the one that was clicked
+    page.keyboard.press("Escape")
+    assert page.locator("dialog[open]").count() == 0
+
+    page.wait_for_timeout(1500)  # the front end saves the graph in the browser
+    page.reload(wait_until="domcontentloaded")
+    page.wait_for_function(READY)
+    show_panel(page)
+    panel.wait("paused", folder.path.name)
+    assert panel.step() == step and panel.sample_steps() == [0, step]
+    panel.button("resume").click()
+    panel.wait_beyond(step)
+
+    panel.button("stop").click()
+    panel.root.locator("[data-answer=no]").click()
+    assert panel.article.get_attribute("data-state") == "running"
+    panel.button("stop").click()
+    panel.root.locator("[data-answer=yes]").click()
+    panel.wait("stopped")
+    assert panel.disabled() == {"pause", "sample", "save", "stop"}
+    assert folder.status()["state"] == "stopped"
+    assert front_end.console_errors == []
+
+
+def test_nothing_is_asked_while_nobody_looks_and_after_the_node_is_gone(front_end, long_run):
+    panel, page = open_node(front_end, long_run.folder.path.name)
+    panel.wait_beyond(1)
+    assert any(long_run.folder.path.name in url for url in requests_during(page, 2500))
+    page.evaluate("app.canvas.ds.offset[1] += 20000; app.canvas.setDirty(true, true)")
+    assert falls_silent(page)
+    show_panel(page)
+    panel.wait_beyond(panel.step())
+    page.evaluate("app.graph.remove(app.graph.nodes[0])")
+    assert falls_silent(page)
+    assert front_end.console_errors == []
+
+
+@ONE_RENDERING
+def test_a_command_that_is_refused_says_so_in_the_panel(front_end, long_run):
+    panel, page = open_node(front_end, long_run.folder.path.name)
+    panel.wait_beyond(1)
+    # what another site's page could send at most
+    plain = {"content-type": "text/plain"}
+    page.route("**/commands", lambda route: route.continue_(headers={**route.request.headers, **plain}))
+    panel.button("pause").click()
+    panel.root.get_by_text("Pause: Commands are taken from ComfyUI's own page").wait_for()
+    assert panel.button("pause").is_enabled()
+    page.unroute("**/commands")
+    panel.button("pause").click()
+    panel.wait("paused")
+    assert panel.root.locator(".pixart-error").count() == 0
+    panel.button("resume").click()
+    panel.wait("running")
+
+
+@ONE_RENDERING
+def test_the_panel_is_there_again_after_comfyui_has_been_restarted(front_end, comfy_server, long_run):
+    panel, page = open_node(front_end, long_run.folder.path.name)
+    panel.root.locator(".pixart-key-done").wait_for(timeout=SLOW)  # there is a checkpoint
+    comfy_server.server.stop()
+    panel.root.get_by_text("ComfyUI does not answer").wait_for()
+    assert panel.disabled() == {"pause", "sample", "save", "stop"}
+    step = panel.step()
+    comfy_server.server.start()
+    panel.wait_beyond(step)
+    assert panel.article.get_attribute("data-state") == "running" and panel.disabled() == set()
+
+    long_run.kill()
+    panel.wait("interrupted")
+    checkpoint = int(next(long_run.folder.complete_checkpoints()).name.removeprefix("step-"))
+    assert f"goes on from step {checkpoint}" in panel.article.inner_text()
+    assert falls_silent(page)
+    assert front_end.console_errors == []
+
+
+@ONE_RENDERING
+def test_the_sidebar_lists_all_runs_and_shows_what_they_say_as_text(front_end, write_run):
+    step = {"step": 3, "loss": 0.25, "losses": {"noise": 0.2, "variance": 0.05}, "lr": 1e-4, "grad_norm": float("inf"),
+            "seconds_per_step": 2.0, "memory_bytes": 3 * 2**30, "eta_s": 4.0}  # fmt: skip
+    failed, done = write_run("failed", steps=5), write_run("done", recipe="full", steps=3)
+    failed.add_event("step", **step)
+    failed.add_event("warning", text=f"warning {HTML}")
+    failed.write_status(state="failed", step=3, steps=5, error=f"Out of memory {HTML}")
+    (failed.path / "log.txt").write_text(f"log {HTML}\n" + "line\n" * 50)
+    for number in (1, 2, 3, 2, 3):  # killed behind step 3, and gone on from a checkpoint at step 1
+        done.add_event("step", **step | {"step": number, "loss": 1 / number})
+    done.add_event("validation", step=0, loss=0.9)
+    done.write_status(state="done", step=3, steps=3, output="models/loras/done.safetensors")
+    os.utime(failed.path / "run.json", (1, 1))  # the oldest
+    lost = write_run("lost")
+    lost.write_status(state="running", step=2, steps=5, pid=2**22 + 1, started=time.time())
+    open_page(front_end)
+    page, panel = front_end.page, open_sidebar(front_end)
+    rows = panel.root.locator(".pixart-row")
+    rows.nth(2).wait_for()
+    listed = {row.get_attribute("data-run"): row.get_attribute("data-state") for row in rows.all()}
+    expected = {lost.path.name: "interrupted", done.path.name: "done", failed.path.name: "failed"}
+    assert [item for item in listed.items() if item[0] in expected] == list(expected.items())
+    assert "0.25" in rows.last.inner_text()
+
+    rows.last.press("Enter")
+    panel.wait("failed", failed.path.name)
+    shown = panel.article.inner_text()
+    assert f"Out of memory {HTML}" in shown and "0.5 it/s" not in shown and "2 s/it" in shown
+    assert panel.root.locator("[data-metric=grad_norm] .pixart-value").inner_text() == "–"
+    for closed in panel.root.locator("summary").all():
+        closed.click()
+    panel.root.get_by_text(f"warning {HTML}").wait_for()
+    panel.root.locator("pre").filter(has_text=f"log {HTML}").wait_for()
+    assert panel.root.locator("[src=x], b").count() == 0 and page.title() != "hacked"
+    assert panel.disabled() == {"pause", "sample", "save", "stop"}
+    assert falls_silent(page)
+
+    panel.root.get_by_role("button", name="All runs").click()
+    panel.root.locator(f'[data-run="{done.path.name}"]').click()
+    panel.wait("done", done.path.name)
+    read = [panel.reading(key).split("\n")[0] for key in ("Home", "ArrowRight", "End")]
+    assert read == ["step 1", "step 2", "step 3"]
+    panel.root.get_by_role("checkbox").check()  # logarithmic
+    panel.root.locator(".pixart-key-check").wait_for()
+    panel.root.locator("[data-metric=speed]").click()
+    assert "2 s/it" in panel.reading("End")
+    page.locator(".pixart-runs-tab-button").click()
+    assert panel.root.count() == 0
+    assert front_end.console_errors == []
+
+
+@ONE_RENDERING
+def test_the_panel_fits_into_a_narrow_node_and_speaks_chinese(front_end, comfy_server, write_run):
+    folder = write_run("narrow")
+    folder.write_status(state="stopped", step=1, steps=50)
+    comfy_server.post("/settings/Comfy.Locale", "zh")
+    try:
+        panel, _ = open_node(front_end, folder.path.name)
+        panel.wait("stopped")
+        panel.root.evaluate("root => { root.style.width = '240px' }")
+        overflow = panel.article.evaluate("article => article.scrollWidth - article.clientWidth")
+        assert overflow <= 0
+        assert panel.button("pause").inner_text() == "暂停"
+        assert "已停止" in panel.article.inner_text()
+    finally:
+        comfy_server.post("/settings/Comfy.Locale", "en")
+
+
+@ONE_RENDERING
+@pytest.mark.skipif("PIXART_SCREENSHOTS" not in os.environ, reason="makes docs/monitor.png")
+def test_a_picture_of_a_run_for_the_documents(front_end, comfy_server, screenshot):
+    graph = training_graph(comfy_server.object_info(), "zorb", steps=400, sample_every=50, save_every=100, batch_size=2,
+                           rank=16, sample_vae="pixart-tiny-vae.safetensors")  # fmt: skip
+    open_graph(front_end, graph)
+    page, panel = front_end.page, Panel(front_end.page, "node")
+    page.set_viewport_size({"width": 1500, "height": 1000})
+    page.get_by_test_id("queue-button").click()
+    page.wait_for_function("app.graph.nodes.some(node => node.properties.pixart_run)", timeout=SLOW)
+    open_sidebar(front_end)
+    show_panel(page)
+    panel.root.locator('.pixart-column[data-step="300"]').wait_for(timeout=10 * SLOW)
+    page.wait_for_timeout(3000)
+    screenshot("monitor.png")
+    panel.button("stop").click()
+    panel.root.locator("[data-answer=yes]").click()
+    panel.wait("stopped")
+
+
+@ONE_RENDERING
+def test_smoothing_is_bias_corrected_and_does_not_depend_on_thinning(front_end):
+    open_page(front_end)
+    smooth = front_end.page.evaluate(
+        "async path => { const { smooth } = await import(path);"
+        " const all = [...Array(400).keys()], few = all.filter(step => step % 4 === 3), curve = step => 1 + step / 400;"
+        " return [smooth([0, 1, 2], [7, 7, 7], 50), smooth([0, 1], [1, 3], 1), smooth([0, 1], [1, 3], 0),"
+        " smooth(all, all.map(curve), 40).at(-1), smooth(few, few.map(curve), 40).at(-1)] }",
+        f"/extensions/{front_end.pack}/js/series.js",
+    )
+    constant, pair, off, whole, thinned = smooth
+    assert constant == pytest.approx([7, 7, 7])
+    keep = 2.718281828**-1  # weights 1 - 1/e, and the one before times 1/e
+    assert pair == pytest.approx([1, (keep + 3) / (keep + 1)])
+    assert off == [1, 3]
+    assert whole == pytest.approx(thinned, abs=0.01) and whole == pytest.approx(1.9, abs=0.01)
+
+
+def test_every_text_has_a_translation_with_the_same_places():
+    source = (ROOT / "web" / "js" / "texts.js").read_text(encoding="utf-8")
+    languages = {}
+    for language, body in re.findall(r"^ {2}(\w+): \{\n(.*?)^ {2}\},$", source, re.M | re.S):
+        texts = re.findall(r'^ {4}(\w+): (".*"),$', body, re.M)
+        languages[language] = {key: set(re.findall(r"\{(\w+)\}", text)) for key, text in texts}
+    assert set(languages) == {"en", "zh"} and len(languages["en"]) > 50
+    assert languages["en"] == languages["zh"]
+
+
+def test_run_data_never_becomes_html():
+    doors = r"innerHTML|outerHTML|insertAdjacentHTML|document\.write"
+    for path in (ROOT / "web" / "js").glob("*.js"):
+        assert not re.search(doors, path.read_text(encoding="utf-8")), path.name
