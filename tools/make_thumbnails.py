@@ -1,6 +1,6 @@
 """Make the template browser's pictures of the workflows, with the tiny model on a running ComfyUI.
 
-    python tools/make_thumbnails.py http://127.0.0.1:8188
+    python tools/make_thumbnails.py http://127.0.0.1:8188 [WORKFLOW ...]
 """
 
 from __future__ import annotations
@@ -34,7 +34,13 @@ THUMBNAILS = {
     "dmd_one_step": ("text_to_image_tiny", "a large white star in the center, on a sky blue background"),
     "lora": ("text_to_image_tiny", "a large purple ring in the center and a small orange star at the top left"),
     "low_vram_8gb": ("text_to_image_tiny", "a small red square in the center, on a beige background"),
-    "controlnet_tiny": ("text_to_image_tiny", "a large black cross at the left and a large white cross at the right"),
+    "lora_tiny": ("lora_tiny", None),
+    "controlnet_tiny": ("controlnet_tiny", None),
+    "faster_tiny": ("faster_tiny", None),
+    "highres_img2img_tiny": ("highres_img2img_tiny", None),
+    "train_lora": ("lora_tiny", "a small zorb at the left and a large zorb at the right, on a plain pink background"),
+    "train_lcm": ("lcm_4_steps_tiny", "a large orange ring at the top and a small white circle, on a navy background"),
+    "train_controlnet": ("controlnet_tiny", "a large red star at the left and a large blue ring at the top right"),
     "controlnet_hed_1024": ("text_to_image_tiny", "a large green triangle in the center, on a pink background"),
     "sigma_4k_tiny": (
         "text_to_image_tiny",
@@ -54,7 +60,8 @@ def draw(comfy: ComfyClient, name: str, prompt: str | None) -> list[Image.Image]
     if prompt:
         encoders = [node["inputs"] for node in graph.values() if node["class_type"] == "PixArtTextEncode"]
         next(inputs for inputs in encoders if inputs["unconditional"] == "prompt")["text"] = prompt
-    return [Image.open(io.BytesIO(comfy.image(entry))).convert("RGB") for entry in images(comfy.run(graph))]
+    return [Image.open(io.BytesIO(comfy.image(entry))).convert("RGB")
+            for entry in images(comfy.run(graph)) if entry["type"] == "output"]
 
 
 def sheet(pictures: list[Image.Image]) -> Image.Image:
@@ -68,9 +75,10 @@ def sheet(pictures: list[Image.Image]) -> Image.Image:
     return square
 
 
-def main(url: str) -> None:
+def main(url: str, *names: str) -> None:
     comfy = ComfyClient(url)
-    for name, (source, prompt) in THUMBNAILS.items():
+    for name in names or THUMBNAILS:
+        source, prompt = THUMBNAILS[name]
         sheet(draw(comfy, source, prompt)).save(ROOT / "workflows" / f"{name}.jpg", quality=90)
 
 
