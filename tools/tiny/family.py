@@ -58,7 +58,7 @@ MEMBERS = {
     ),
     "pixart-tiny-controlnet": Member(
         "edges", 5000, "controlnet", "controlnet",
-        {"steps": 1500, "batch_size": 16, "learning_rate": 1e-3, "warmup_steps": 50, "max_grad_norm": 1.0,
+        {"steps": 2600, "batch_size": 16, "learning_rate": 1e-3, "warmup_steps": 50, "max_grad_norm": 1.0,
          "caption_dropout": 0.2, "min_snr_gamma": 5.0, "save_every": 200, "sample_every": 0,
          "controlnet": {"blocks": 3}},
     ),
@@ -70,11 +70,11 @@ MEMBERS = {
     # Weak-to-strong in the paper's order: another VAE and longer captions, a larger size, KV compression.
     "sigma-vae": Member(
         "long", 4000, "weak-to-strong", "diffusion_models",
-        {**STRONG, "steps": 600, "batch_size": 16, "weak_to_strong": {"base_size": 128}}, **SIGMA,
+        {**STRONG, "steps": 500, "batch_size": 16, "weak_to_strong": {"base_size": 128}}, **SIGMA,
     ),
     "sigma-256": Member(
         "long", 4000, "weak-to-strong", "diffusion_models",
-        {**STRONG, "steps": 300, "batch_size": 8, "learning_rate": 5e-4, "weak_to_strong": {"base_size": 256}},
+        {**STRONG, "steps": 500, "batch_size": 8, "learning_rate": 7e-4, "weak_to_strong": {"base_size": 256}},
         base="sigma-vae", size="256", **SIGMA,
     ),
     "pixart-tiny-sigma": Member(

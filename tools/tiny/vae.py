@@ -13,8 +13,8 @@ WIDTH = 64
 SCALE = 0.18215  # alpha's latent scale: the file's raw latents are the scaled ones divided by it
 
 SIGMA_SCALE = 0.13025  # Sigma's
-# The Sigma model's VAE has the same channels in another order and some negated, which its decoder undoes exactly.
-SIGMA_CHANNELS, SIGMA_SIGNS = [1, 0, 3, 2], torch.tensor([-1.0, 1.0, -1.0, 1.0])
+# The Sigma model's VAE has the colour channels the other way round and one negated, which its decoder undoes exactly.
+SIGMA_CHANNELS, SIGMA_SIGNS = [0, 2, 1, 3], torch.tensor([1.0, -1.0, 1.0, 1.0])
 
 # Brightness and two colour differences of RGB in 0..1, then each brought to mean 0 and deviation 1 on scenes.
 COLOUR = torch.tensor([[1 / 3, 1 / 3, 1 / 3], [1.0, -0.5, -0.5], [0.0, 1.0, -1.0]])
