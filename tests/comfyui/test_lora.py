@@ -52,6 +52,7 @@ def write(layout, reference, loras):
     return path.name, 0.0, "the file's metadata"
 
 
+BUNDLED = "pixart-tiny-zorb.safetensors"
 LAYOUTS = ["peft folder", "peft file", "official script", "official folder", "diffusers with metadata", "OneTrainer",
            "OneTrainer folded", "kohya", "SimpleTuner LyCORIS", "transformer", "diffusion_model", "base_model.model",
            "transformer.base_model.model", "unet"]  # fmt: skip
@@ -309,7 +310,7 @@ def test_files_and_peft_folders_are_offered(tmp_path, comfy, loras):
     (loras / "mine" / "notes").mkdir()
     save_file({"x": torch.zeros(1)}, loras / "one.safetensors")
     offered = comfy.classes["PixArtLoadLora"].define_schema().inputs[1].options
-    assert {"mine/adapter", "mine/adapter/adapter_model.safetensors", "one.safetensors"} == set(offered)
+    assert {"mine/adapter", "mine/adapter/adapter_model.safetensors", "one.safetensors", BUNDLED} == set(offered)
 
 
 def test_a_missing_lora_is_named(load_lora, sigma):

@@ -52,13 +52,13 @@ SIGMA = {"family": "sigma", "vae": "pixart-tiny-sigma-vae"}
 MEMBERS = {
     "pixart-tiny-zorb": Member(
         "concept", 600, "lora", "loras",
-        {"steps": 400, "batch_size": 16, "learning_rate": 2e-3, "warmup_steps": 20, "rank": 8, "alpha": 8.0,
+        {"steps": 1000, "batch_size": 16, "learning_rate": 2e-3, "warmup_steps": 20, "rank": 8, "alpha": 8.0,
          "trigger_word": "zorb", "save_every": 100, "sample_every": 0},
         prompts=("a large red zorb at the top left on a gray background", *PROMPTS),
     ),
     "pixart-tiny-controlnet": Member(
         "edges", 5000, "controlnet", "controlnet",
-        {"steps": 2600, "batch_size": 16, "learning_rate": 1e-3, "warmup_steps": 50, "max_grad_norm": 1.0,
+        {"steps": 3600, "batch_size": 16, "learning_rate": 1e-3, "warmup_steps": 50, "max_grad_norm": 1.0,
          "caption_dropout": 0.2, "min_snr_gamma": 5.0, "save_every": 200, "sample_every": 0,
          "controlnet": {"blocks": 3}},
     ),
