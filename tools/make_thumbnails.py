@@ -40,7 +40,11 @@ THUMBNAILS = {
     "highres_img2img_tiny": ("highres_img2img_tiny", None),
     "train_lora": ("lora_tiny", "a small zorb at the left and a large zorb at the right, on a plain pink background"),
     "train_lcm": ("lcm_4_steps_tiny", "a large orange ring at the top and a small white circle, on a navy background"),
-    "train_controlnet": ("controlnet_tiny", "a large red star at the left and a large blue ring at the top right"),
+    "train_controlnet": (
+        "controlnet_tiny",
+        "a large yellow circle at the top left, a small red star in the center and a large white square at the bottom "
+        "right, on a plain dark green background",
+    ),
     "controlnet_hed_1024": ("text_to_image_tiny", "a large green triangle in the center, on a pink background"),
     "sigma_4k_tiny": (
         "text_to_image_tiny",
