@@ -10,7 +10,9 @@ from torch import Tensor, nn
 # network's output by 2e-5. These are the roundings of the reference runs (tests/goldens): exact, but for two.
 _ROUNDED_UP = {128: (12, 106)}
 
-MLP_ROWS = 8192  # tokens of each picture: 2048 px and more are split
+# Tokens of all pictures that go through an MLP at once. On a CPU larger allocations come as new pages each time, which
+# costs as much as the GELU.
+MLP_ROWS, MLP_ROWS_CPU = 8192, 1024
 
 
 @lru_cache(maxsize=8)
@@ -67,7 +69,7 @@ class Mlp(nn.Module):
     """Two linear layers with tanh-GELU between.
 
     Without gradients, rows beyond MLP_ROWS go through in parts: at 4096 px the hidden layer of all tokens is four
-    times larger than anything else in a block.
+    times larger than anything else in a block. On a CPU parts are as small as matrix products stay fast.
     """
 
     def __init__(self, channels: int, hidden: int, out: int, *, operations, dtype=None, device=None):
@@ -76,12 +78,16 @@ class Mlp(nn.Module):
         self.fc2 = operations.Linear(hidden, out, dtype=dtype, device=device)
 
     def forward(self, x: Tensor) -> Tensor:                                   # x (B, N, channels)
-        if x.shape[1] <= MLP_ROWS or torch.is_grad_enabled():
+        rows = MLP_ROWS_CPU if x.device.type == "cpu" else MLP_ROWS
+        if len(x) * x.shape[1] <= rows or torch.is_grad_enabled():
             return self.part(x)
-        return torch.cat([self.part(rows) for rows in x.split(MLP_ROWS, dim=1)], dim=1)
+        return torch.cat([self.part(some) for some in x.flatten(0, 1).split(rows)]).unflatten(0, x.shape[:2])
 
     def part(self, x: Tensor) -> Tensor:
-        return self.fc2(nn.functional.gelu(self.fc1(x), approximate="tanh"))
+        hidden = self.fc1(x)
+        if torch.is_grad_enabled():
+            return self.fc2(nn.functional.gelu(hidden, approximate="tanh"))
+        return self.fc2(torch.ops.aten.gelu_(hidden, approximate="tanh"))
 
 
 class CaptionEmbedder(nn.Module):

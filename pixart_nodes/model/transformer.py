@@ -61,9 +61,10 @@ class PixArtBlock(nn.Module):
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation
         h = self.attn(modulated_norm(x, shift_attn, scale_attn), grid, transformer_options)
         x = torch.addcmul(x, gate_attn, h)
-        x = x + self.cross_attn(x, caption, mask, transformer_options)
+        here = None if torch.is_grad_enabled() else x  # nobody else has this x: no new memory for each sum
+        x = torch.add(x, self.cross_attn(x, caption, mask, transformer_options), out=here)
         h = self.mlp(modulated_norm(x, shift_mlp, scale_mlp))
-        return torch.addcmul(x, gate_mlp, h)
+        return torch.addcmul(x, gate_mlp, h, out=here)
 
 
 class FinalLayer(nn.Module):
