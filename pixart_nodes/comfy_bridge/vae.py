@@ -84,14 +84,14 @@ class Tiled:
         self.on_cpu = mm.is_device_cpu(vae.device)
         self.budget = int(memory_gb * GIB)
         self.tile = self.tile_for_budget() if self.budget else tile
-        self.working = planning.working_bytes(self.plan, self.tile, self.itemsize)
+        self.working = planning.working_bytes(self.plan, self.tile, self.itemsize, self.on_cpu)
 
     def tile_for_budget(self) -> int:
         """The largest tile that the budget allows. On a CPU the stores are part of it."""
         stored = self.stored if self.on_cpu else 0
-        tile = planning.largest_tile(self.plan, self.budget - stored, self.itemsize)
+        tile = planning.largest_tile(self.plan, self.budget - stored, self.itemsize, self.on_cpu)
         if tile < MIN_TILE:
-            least = planning.working_bytes(self.plan, MIN_TILE, self.itemsize) + stored
+            least = planning.working_bytes(self.plan, MIN_TILE, self.itemsize, self.on_cpu) + stored
             raise ValueError(
                 f"{self.node}: {self.budget / GIB:.2f} GB are not enough for this picture, it needs "
                 f"{least / GIB + 0.005:.2f} GB or more. Raise memory_gb{self.cheaper_store()}."

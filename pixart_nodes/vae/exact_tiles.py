@@ -23,7 +23,8 @@ def decode(decoder: nn.Module, latent: Tensor, *, tile: int = DEFAULT_TILE, **op
     """Latents (B, C, H, W), divided by the latent scale, -> pictures (B, 3, 8H, 8W) float32, about -1..1.
 
     decoder: an AutoencoderKL of ComfyUI or diffusers, or its decoder alone. tile: side in pixels of what is computed at
-    one time. Options as for `run`. Raises NotDecomposable for other autoencoders, ValueError for unusable input.
+    one time, on a CPU 128 at most. Options as for `run`. Raises NotDecomposable for other autoencoders, ValueError for
+    unusable input.
     """
     return run(decoder_layers(decoder), latent, tile=tile, **options)
 
@@ -59,8 +60,9 @@ def run(
     device, dtype = device or weight.device, dtype or weight.dtype
     check(layers, x, tile)
     plan = planning.steps(layers, *x.shape[2:], recompute)
+    elements = planning.tile_elements(plan, tile, device.type == "cpu")
     sweep = (FastSweep if fast else Sweep)(
-        device=device, dtype=dtype, elements=planning.tile_elements(plan, tile), store_dtype=store or dtype,
+        device=device, dtype=dtype, elements=elements, store_dtype=store or dtype,
         store_device=torch.device(store_device), weights=weights, merge=merge,
         progress=counted(len(x) * work(plan, fast), progress),
     )  # fmt: skip

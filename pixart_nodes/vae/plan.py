@@ -6,6 +6,9 @@ from dataclasses import dataclass
 from .layers import Attention, Downsample, Layer, ResBlock, Upsample, channels
 
 MIN_TILE = 16  # pixels; below, more time goes into the halos than into the tiles
+# Values in a tile on a CPU at most, 16 MB: 128 px in Stable Diffusion's decoder. Larger ones are slower, because their
+# memory comes as new pages for every operation (768 px, of the untiled time: 0.74, tiles of 256 px 0.85, 512 px 0.96).
+CPU_ELEMENTS = 128 * 128 * 256
 
 # Peak of one sweep in float32 copies of a tile with the larger of its channel counts. Tensors alone were measured at
 # 3.4 (exact) and 5.4 (fast) with benchmarks/live_tensors.py; the rest is for what convolutions allocate themselves.
@@ -88,9 +91,10 @@ def widest(plan: list[Step]) -> int:
     return max(max(channels(step.layer)) for step in plan if math.prod(step.out_size) == full)
 
 
-def tile_elements(plan: list[Step], tile: int) -> int:
+def tile_elements(plan: list[Step], tile: int, on_cpu: bool) -> int:
     """Values in one tile, the same in every layer: where there are more channels, tiles are smaller."""
-    return min(tile * tile, max(math.prod(step.out_size) for step in plan)) * widest(plan)
+    elements = min(tile * tile, max(math.prod(step.out_size) for step in plan)) * widest(plan)
+    return min(elements, CPU_ELEMENTS) if on_cpu else elements
 
 
 def side(elements: int, width: int) -> int:
@@ -98,16 +102,16 @@ def side(elements: int, width: int) -> int:
     return max(MIN_TILE // 2, math.isqrt(elements // width))
 
 
-def working_bytes(plan: list[Step], tile: int, itemsize: int) -> int:
+def working_bytes(plan: list[Step], tile: int, itemsize: int, on_cpu: bool) -> int:
     """Memory on the computing device above weights and stores; itemsize: bytes of a value in the attention."""
     tokens = max((step.height * step.width * channels(step.layer)[1] for step in plan
                   if isinstance(step.layer, Attention)), default=0)  # fmt: skip
-    sweep = LIVE_COPIES * 4 * tile_elements(plan, tile)
+    sweep = LIVE_COPIES * 4 * tile_elements(plan, tile, on_cpu)
     return sweep + 2 * tokens * itemsize
 
 
-def largest_tile(plan: list[Step], budget: int, itemsize: int) -> int:
+def largest_tile(plan: list[Step], budget: int, itemsize: int, on_cpu: bool) -> int:
     """The tile in pixels, a multiple of 16, with which `working_bytes` stays within `budget`; 0 if none does."""
-    rest = budget - working_bytes(plan, 0, itemsize)
+    rest = budget - working_bytes(plan, 0, itemsize, on_cpu)
     tile = math.isqrt(max(rest, 0) // (LIVE_COPIES * 4 * widest(plan)))
     return tile // MIN_TILE * MIN_TILE

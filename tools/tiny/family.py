@@ -58,7 +58,7 @@ MEMBERS = {
     ),
     "pixart-tiny-controlnet": Member(
         "edges", 5000, "controlnet", "controlnet",
-        {"steps": 3340, "batch_size": 16, "learning_rate": 1e-3, "warmup_steps": 50, "max_grad_norm": 1.0,
+        {"steps": 7500, "batch_size": 16, "learning_rate": 1e-3, "warmup_steps": 50, "max_grad_norm": 1.0,
          "caption_dropout": 0.2, "min_snr_gamma": 5.0, "save_every": 200, "sample_every": 0,
          "controlnet": {"blocks": 3}},
     ),
