@@ -132,7 +132,8 @@ def counted(stage: str, run: str, options) -> int:
         from pixart_nodes.vae import adapters, plan
 
         steps, itemsize = plan.steps(adapters.decoder_layers(model), 128, 128), 2
-        return weights + plan.stored_elements(steps) * itemsize + plan.working_bytes(steps, TILE, itemsize, on_cpu=False)
+        stored = plan.stored_elements(steps) * itemsize
+        return weights + stored + plan.working_bytes(steps, TILE, itemsize, on_cpu=False)
     with LiveTensors() as live:
         work()
     return weights + live.peak

@@ -8,7 +8,7 @@ from pixart_nodes.vae import plan as planning
 
 from .autoencoders import noise, random_vae
 
-SIDE = 40  # of the latent: a picture of 320 px
+SIDE = 20  # of the latent: a picture of 160 px
 
 
 def peak(vae, tile: int, **options) -> int:
@@ -19,9 +19,9 @@ def peak(vae, tile: int, **options) -> int:
 
 
 @pytest.mark.parametrize("fast", [False, True])
-@pytest.mark.parametrize("tile", [32, 64, 128])
+@pytest.mark.parametrize("tile", [32, 64])
 def test_tensors_stay_within_the_estimate(tile, fast, monkeypatch):
-    monkeypatch.setattr(fast_tiles, "REFERENCE", 16)
+    monkeypatch.setattr(fast_tiles, "REFERENCE", 10)
     vae = random_vae()
     plan = planning.steps(decoder_layers(vae), SIDE, SIDE)
     values = fast_tiles.fast_stored_elements(plan) if fast else planning.stored_elements(plan)
