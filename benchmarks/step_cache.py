@@ -1,9 +1,10 @@
-"""What reusing steps costs in quality: PixArt Step Cache, ComfyUI's EasyCache and LazyCache on the tiny model.
+"""What cheaper steps cost in quality: PixArt Step Cache and Guidance Interval, ComfyUI's EasyCache and LazyCache.
 
     python benchmarks/step_cache.py [--comfyui PATH] [--count 48] [--steps 20] [--model NAME or PATH]
 
-Draws the same held-out captions with every setting and prints, as Markdown, how much of the network ran, how many
-objects the oracle found as the caption says, and how far the pictures are from those without a cache.
+The tiny model draws the same held-out captions with every setting. Prints, as Markdown, how much of the network ran,
+counting blocks and the rows of their batches, how many objects the oracle found as the caption says, and how far the
+pictures are from those of the whole run.
 """
 
 import argparse
@@ -25,10 +26,13 @@ from tools import evaluate_tiny  # noqa: E402
 from tools.tiny.oracle import score, summarise  # noqa: E402
 
 OURS = {"start_percent": 0.1, "end_percent": 0.95}
+INTERVALS = [(0.0, 0.7), (0.2, 0.8), (0.0, 0.4)]
 THEIRS = {"start_percent": 0.15, "end_percent": 0.95, "verbose": False}
 SETTINGS = [
     ("none", None, {}),
     *[(f"PixArt Step Cache {t}", "PixArtStepCache", {"threshold": t, **OURS}) for t in (0.05, 0.1, 0.2, 0.4)],
+    *[(f"PixArt Guidance Interval {a} to {b}", "PixArtGuidanceInterval", {"start_percent": a, "end_percent": b})
+      for a, b in INTERVALS],
     *[(f"EasyCache {t}", "EasyCache", {"reuse_threshold": t, **THEIRS}) for t in (0.05, 0.1, 0.2)],
     *[(f"LazyCache {t}", "LazyCache", {"reuse_threshold": t, **THEIRS}) for t in (0.05, 0.1, 0.2)],
 ]
@@ -70,9 +74,9 @@ def main():
     samples = evaluate_tiny.held_out_samples(own.count, options.seed)
     blocks = []
 
-    def count(module, *_):
+    def count(module, inputs, _):
         if type(module).__name__ == "PixArtBlock":
-            blocks.append(1)
+            blocks.append(len(inputs[0]))
 
     register_module_forward_hook(count)
     rows = []
@@ -88,7 +92,7 @@ def main():
             blocks.clear()
             pictures = draw(comfy, samples, options, node, inputs)
             verdicts = [score(picture, sample.scene) for picture, sample in zip(pictures, samples, strict=True)]
-            rows.append((name, len(blocks), summarise(verdicts)["object_accuracy"], pictures))
+            rows.append((name, sum(blocks), summarise(verdicts)["object_accuracy"], pictures))
     print(f"{own.count} captions, {own.steps} steps, {options.sampler} {options.scheduler}, cfg {options.guidance}.")
     print("\n| | blocks computed | objects right | PSNR to none |\n|---|---|---|---|")
     _, whole, _, exact = rows[0]

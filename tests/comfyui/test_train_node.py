@@ -200,9 +200,21 @@ def test_a_killed_trainer_is_explained_and_the_next_queue_run_goes_on_from_its_c
     assert steps(run) == [*reached, *range(saved + 1, reached[-1] + 3)]
 
 
-@pytest.mark.parametrize("recipe", ["controlnet", "lcm", "full"])
+KINDS = {"controlnet": "controlnet", "lcm": "diffusion_models", "lcm-lora": "loras", "dreambooth": "loras",
+         "full": "diffusion_models", "weak-to-strong": "diffusion_models"}  # fmt: skip
+
+
+@pytest.mark.parametrize("recipe", KINDS)
 def test_other_recipes_hand_on_what_they_make(comfy, graph, recipe):
     whole = graph(recipe, examples="edges", recipe=recipe)
+    if recipe == "dreambooth":  # pictures of the class beside those of the subject
+        whole["subject"] = {"class_type": "PixArtDataset", "inputs": defaults(comfy, "PixArtDataset") | {
+            "folder": "pixart-examples/zorb", "size": "192", "trigger_word": "zorb"}}  # fmt: skip
+        whole["dataset"]["inputs"] |= {"role": "prior", "dataset": ["subject", 0]}
+    if recipe == "weak-to-strong":  # ends at Sigma
+        whole["vae"]["inputs"]["vae_name"] = "pixart-tiny-sigma-vae.safetensors"
+        for node in ("cache", "prompt"):
+            whole[node]["inputs"]["family"] = "sigma"
     if recipe == "controlnet":
         whole["hint"] = {"class_type": "EmptyImage", "inputs": {"width": 64, "height": 64, "batch_size": 1, "color": 0}}
         whole["apply"] = {"class_type": "PixArtApplyControlNet", "inputs": defaults(comfy, "PixArtApplyControlNet") | {
@@ -211,8 +223,7 @@ def test_other_recipes_hand_on_what_they_make(comfy, graph, recipe):
         whole["draw"]["inputs"] |= {"positive": ["apply", 0], "negative": ["apply", 1]}
     executor = comfy.run(whole)
     assert executor.success, executor.status_messages
-    kind = "controlnet" if recipe == "controlnet" else "diffusion_models"
-    assert (comfy.base / "models" / kind / "pixart" / f"{recipe}.safetensors").is_file()
+    assert (comfy.base / "models" / KINDS[recipe] / "pixart" / f"{recipe}.safetensors").is_file()
     assert list((comfy.base / "output").glob(f"{recipe}_drawn*.latent"))
 
 
