@@ -46,7 +46,7 @@ class PatchEmbedder(nn.Module):
         )  # fmt: skip
 
     def forward(self, x: Tensor) -> Tensor:                                   # x (B, 4, H, W)
-        return self.proj(x).flatten(2).transpose(1, 2)                        # (B, N, C)
+        return self.proj(x).flatten(2).transpose(1, 2).contiguous()           # (B, N, C); all sums keep this order
 
 
 class ScalarEmbedder(nn.Module):
