@@ -57,10 +57,10 @@ class Problem:
 
 @dataclass
 class Contestant:
-    """step: everything that a sampler waits for, (2, 4, H, W), the predicted noise for both captions.
+    """step: everything that a sampler waits for, (2, 4, H, W), the predicted noise for both captions; or None.
     forward: the network's part of it."""
 
-    step: Callable[[], Tensor]
+    step: Callable[[], Tensor | None]
     forward: Callable[[], object]
 
 
@@ -215,9 +215,46 @@ def diffusers(problem: Problem) -> Contestant:
     return Contestant(lambda: model(**inputs)[0][:, :4].float(), lambda: model(**inputs))
 
 
+def bare(problem: Problem) -> Contestant:
+    """The blocks' matrix products and attention alone, with nothing between them: what no implementation avoids.
+
+    Weights are in the dtype that ours computes in, and of the caption only the real tokens are there.
+    """
+    from torch.nn.functional import linear, scaled_dot_product_attention
+
+    from pixart_nodes.comfy_bridge.model import cpu_is_fast_in_bf16
+
+    dtype = problem.dtype if problem.device.type != "cpu" or cpu_is_fast_in_bf16() else torch.float32
+    names = "attn.qkv", "attn.proj", "cross_attn.q_linear", "cross_attn.proj", "mlp.fc1", "mlp.fc2"
+    blocks = [
+        [tuple(problem.weights[f"blocks.{i}.{name}.{kind}"].to(dtype) for kind in ("weight", "bias")) for name in names]
+        for i in range(problem.depth)
+    ]
+    heads, tokens = problem.num_heads, problem.height * problem.width // 4
+    x = torch.randn(2, tokens, problem.hidden_size, device=problem.device, dtype=dtype)
+    keys = torch.randn(2, problem.tokens, heads, problem.hidden_size // heads, device=problem.device, dtype=dtype)
+    mask = torch.arange(problem.tokens) < torch.tensor([[problem.tokens], [problem.short]])
+    mask, keys = mask[:, None, None].to(problem.device), keys.transpose(1, 2)
+
+    def attend(q, k, v, mask=None):
+        return scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
+
+    def step():
+        for qkv, proj, q_linear, cross_proj, fc1, fc2 in blocks:
+            q, k, v = linear(x, *qkv).unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+            linear(attend(q, k, v), *proj)
+            q = linear(x, *q_linear).unflatten(2, (heads, -1)).transpose(1, 2)
+            linear(attend(q, keys, keys, mask), *cross_proj)
+            linear(linear(x, *fc1), *fc2)
+
+    step()
+    return Contestant(step, step)
+
+
 CONTESTANTS: dict[str, Callable[[Problem], Contestant]] = {
     "ours": ours,
     "diffusers": diffusers,
     "ComfyUI": comfyui,
     "ComfyUI, best case": lambda problem: comfyui(problem, best_case=True),
+    "products and attention alone": bare,
 }

@@ -85,16 +85,16 @@ def step_table(title: str, problem: Problem, repeats: int):
         for name, contestant in running.items():
             spent, out = timed(contestant.step, problem.device)
             times[name].append(spent)
-            noise[name] = out[0].double().cpu()  # of the caption that all have in common
+            noise[name] = None if out is None else out[0].double().cpu()  # of the caption that all have in common
     work, limit = flops(problem), ceiling(problem)
     print(f"\n### {title}\n")
     print(f"One step is {work / 1e12:.3g} TFLOP; a matrix product alone runs at {limit / 1e9:.0f} GFLOP/s.")
     print("\n| | median s | ratio to ours | GFLOP/s | of the ceiling | differs from ours |\n|---|---|---|---|---|---|")
     median = {name: statistics.median(values) for name, values in times.items()}
     for name, value in median.items():
-        error = (noise[name] - noise["ours"]).norm() / noise["ours"].norm()
+        error = "-" if noise[name] is None else f"{(noise[name] - noise['ours']).norm() / noise['ours'].norm():.1e}"
         rate, ratio = work / value, value / median["ours"]
-        print(f"| {name} | {value:.3f} | {ratio:.2f} | {rate / 1e9:.0f} | {rate / limit:.2f} | {error:.1e} |")
+        print(f"| {name} | {value:.3f} | {ratio:.2f} | {rate / 1e9:.0f} | {rate / limit:.2f} | {error} |")
     for name, reason in failed.items():
         print(f"| {name} | does not run: {reason} | | | | |")
 

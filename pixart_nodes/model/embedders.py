@@ -10,10 +10,6 @@ from torch import Tensor, nn
 # network's output by 2e-5. These are the roundings of the reference runs (tests/goldens): exact, but for two.
 _ROUNDED_UP = {128: (12, 106)}
 
-# Tokens of all pictures that go through an MLP at once. On a CPU larger allocations come as new pages each time, which
-# costs as much as the GELU.
-MLP_ROWS, MLP_ROWS_CPU = 8192, 1024
-
 
 @lru_cache(maxsize=8)
 def frequencies(half: int, max_period: float, device: torch.device) -> Tensor:
@@ -66,11 +62,7 @@ class ScalarEmbedder(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Two linear layers with tanh-GELU between.
-
-    Without gradients, rows beyond MLP_ROWS go through in parts: at 4096 px the hidden layer of all tokens is four
-    times larger than anything else in a block. On a CPU parts are as small as matrix products stay fast.
-    """
+    """Two linear layers with tanh-GELU between."""
 
     def __init__(self, channels: int, hidden: int, out: int, *, operations, dtype=None, device=None):
         super().__init__()
@@ -78,12 +70,6 @@ class Mlp(nn.Module):
         self.fc2 = operations.Linear(hidden, out, dtype=dtype, device=device)
 
     def forward(self, x: Tensor) -> Tensor:                                   # x (B, N, channels)
-        rows = MLP_ROWS_CPU if x.device.type == "cpu" else MLP_ROWS
-        if len(x) * x.shape[1] <= rows or torch.is_grad_enabled():
-            return self.part(x)
-        return torch.cat([self.part(some) for some in x.flatten(0, 1).split(rows)]).unflatten(0, x.shape[:2])
-
-    def part(self, x: Tensor) -> Tensor:
         hidden = self.fc1(x)
         if torch.is_grad_enabled():
             return self.fc2(nn.functional.gelu(hidden, approximate="tanh"))

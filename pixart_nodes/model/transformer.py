@@ -15,6 +15,11 @@ from .params import PixArtParams
 from .position import position_table
 from .step_cache import KEY as STEP_CACHE
 
+# Tokens of all pictures that go through an MLP at one time: at 4096 px the hidden layer of all is four times larger
+# than anything else in a block. On a CPU parts are as small as matrix products stay fast: they stay in its caches, and
+# larger allocations come as new pages each time.
+MLP_ROWS, MLP_ROWS_CPU = 8192, 1024
+
 
 def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """LayerNorm of x (B, N, C) times scale plus shift, (B or 1, 1, C): one kernel where all rows share them."""
@@ -63,8 +68,16 @@ class PixArtBlock(nn.Module):
         x = torch.addcmul(x, gate_attn, h)
         here = None if torch.is_grad_enabled() else x  # nobody else has this x: no new memory for each sum
         x = torch.add(x, self.cross_attn(x, caption, mask, transformer_options), out=here)
-        h = self.mlp(modulated_norm(x, shift_mlp, scale_mlp))
-        return torch.addcmul(x, gate_mlp, h, out=here)
+        for part in self.parts(x):
+            h = self.mlp(modulated_norm(part, shift_mlp, scale_mlp))
+            done = torch.addcmul(part, gate_mlp, h, out=None if here is None else part)
+        return done if here is None else x
+
+    @staticmethod
+    def parts(x: Tensor) -> tuple[Tensor, ...]:
+        """Views of x (B, N, C), with which the MLP can be computed one after the other; with gradients x itself."""
+        rows = MLP_ROWS_CPU if x.device.type == "cpu" else MLP_ROWS
+        return (x,) if torch.is_grad_enabled() else x.split(max(1, rows // len(x)), dim=1)
 
 
 class FinalLayer(nn.Module):

@@ -8,7 +8,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.live_tensors import LiveTensors
-from pixart_nodes.model import VARIANTS, KVCompress, PixArtParams, PixArtTransformer, embedders
+from pixart_nodes.model import VARIANTS, KVCompress, PixArtParams, PixArtTransformer, transformer
 from pixart_nodes.model.attention import SelfAttention, sdpa
 from pixart_nodes.model.kv_compress import compress_untrained, lost_tokens, untrained_tensors
 
@@ -167,9 +167,14 @@ def test_hidden_layer_of_the_mlp_is_never_whole_at_4k():
     assert peak(None, 4096, fused) < 9 < peak(None, 1024, fused)
 
 
-def test_an_mlp_in_parts_is_the_whole_mlp():
-    mlp = embedders.Mlp(8, 32, 8, operations=torch.nn)
-    x = torch.randn(2, 2 * embedders.MLP_ROWS + 5, 8)
-    with torch.no_grad():
-        parts = mlp(x)
-    assert torch.allclose(parts, mlp(x), atol=1e-6)                           # gradients: one piece
+@pytest.mark.parametrize("rows", [1, 7, 20])
+def test_an_mlp_in_parts_is_the_whole_mlp(monkeypatch, rows):
+    """Also where every picture has a modulation of its own; with gradients the MLP is in one piece."""
+    torch.manual_seed(0)
+    block, C = transformer.PixArtBlock(TINY, 0, operations=torch.nn, attention=sdpa), TINY.hidden_size
+    for modulation in (torch.randn(6, 1, 1, C), torch.randn(6, 3, 1, C)):
+        inputs = torch.randn(3, 12, C), torch.randn(3, 5, C), modulation, None, (3, 4), {}
+        whole = block(*inputs).detach()
+        monkeypatch.setattr(transformer, "MLP_ROWS_CPU", rows)
+        with torch.no_grad():
+            assert torch.allclose(block(*inputs), whole, atol=1e-5)
