@@ -38,7 +38,7 @@ from tools.tiny.scenes import sample_scene  # noqa: E402
 
 SMALL = (0.18, 0.25)  # diameters of the outlines' objects: small ones can lie far from where a prompt puts them
 LINE_WIDTH = 7.0  # px of the hints at 192 px
-CONTROL_STRENGTH, CONTROL_GUIDANCE = 1.3, 2.5  # with outlines, less guidance by the prompt is better in both respects
+CONTROL_STRENGTH, CONTROL_GUIDANCE = 1.0, 2.5  # with outlines, less guidance by the prompt is better in both respects
 FAMILY = {"lcm": "pixart-tiny-lcm.safetensors", "controlnet": "pixart-tiny-controlnet.safetensors",
           "lora": "pixart-tiny-zorb.safetensors", "sigma": "pixart-tiny-sigma.safetensors"}  # fmt: skip
 KINDS = {"lcm": "diffusion_models", "controlnet": "controlnet", "lora": "loras", "sigma": "diffusion_models"}
