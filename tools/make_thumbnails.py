@@ -42,8 +42,8 @@ THUMBNAILS = {
     "train_lcm": ("lcm_4_steps_tiny", "a large orange ring at the top and a small white circle, on a navy background"),
     "train_controlnet": (
         "controlnet_tiny",
-        "a large yellow circle at the top left, a small red star in the center and a large white square at the bottom "
-        "right, on a plain dark green background",
+        "a yellow circle at the top left, a red triangle at the right and a white square at the bottom left, on a plain "
+        "dark green background",
     ),
     "controlnet_hed_1024": ("text_to_image_tiny", "a large green triangle in the center, on a pink background"),
     "sigma_4k_tiny": (
@@ -59,11 +59,11 @@ THUMBNAILS = {
 
 
 def draw(comfy: ComfyClient, name: str, prompt: str | None) -> list[Image.Image]:
-    """Every picture of a workflow's API copy, with its positive prompt replaced by `prompt`."""
+    """Every picture of a workflow's API copy, with its last positive prompt replaced by `prompt`."""
     graph = json.loads((ROOT / "tests" / "workflows_api" / f"{name}.json").read_text(encoding="utf-8"))
     if prompt:
         encoders = [node["inputs"] for node in graph.values() if node["class_type"] == "PixArtTextEncode"]
-        next(inputs for inputs in encoders if inputs["unconditional"] == "prompt")["text"] = prompt
+        [inputs for inputs in encoders if inputs["unconditional"] == "prompt"][-1]["text"] = prompt
     return [Image.open(io.BytesIO(comfy.image(entry))).convert("RGB")
             for entry in images(comfy.run(graph)) if entry["type"] == "output"]
 
