@@ -42,10 +42,13 @@ def make_accelerator(precision: str):
     import torch
     from accelerate import Accelerator
 
+    from .sharding import hidden_from_accelerate
+
     launched = int(os.environ.get("WORLD_SIZE", 1))
     mixed = "no" if precision == "fp32" else precision
     # accelerate joins processes on CPUs only when it is told that there is nothing else.
-    accelerator = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision=mixed)
+    with hidden_from_accelerate():
+        accelerator = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision=mixed)
     if accelerator.num_processes != launched:
         raise ValueError(f"{launched} processes were launched, but accelerate joined {accelerator.num_processes}.")
     return accelerator

@@ -2,6 +2,8 @@
 
 import torch
 
+from .sharding import local
+
 
 class EMA:
     def __init__(self, model: torch.nn.Module, decay: float):
@@ -15,7 +17,8 @@ class EMA:
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         parameters = dict(model.named_parameters())
-        torch._foreach_lerp_(list(self.weights.values()), [parameters[n] for n in self.weights], 1 - decay)
+        now = local(parameters[name] for name in self.weights)
+        torch._foreach_lerp_(local(self.weights.values()), now, 1 - decay)
 
     def state_dict(self) -> dict:
         return {"updates": self.updates, "weights": self.weights}

@@ -35,12 +35,18 @@ COLOURS = {
 
 
 @torch.no_grad()
-def draw_samples(recipe: Recipe, index: Index, folder: Path, step: int, paint: Painter) -> list[str]:
-    """Writes step-000250_0.png, ... and step-000250.safetensors; the names of the pictures. Empty without prompts."""
+def draw_samples(recipe: Recipe, index: Index, folder: Path, step: int, paint: Painter | None) -> list[str]:
+    """Writes step-000250_0.png, ... and step-000250.safetensors; the names of the pictures. Empty without prompts.
+
+    paint None: computes all the same, and writes nothing.
+    """
     network, latents, names = recipe.network, {}, []
     for i, (_, features) in enumerate(index.prompts()):
         row = i % len(index)
-        latents[f"latent_{i}"] = latent = denoise(recipe, network, index, features, row, i)
+        latent = denoise(recipe, network, index, features, row, i)
+        if paint is None:
+            continue
+        latents[f"latent_{i}"] = latent
         names.append(f"step-{step:06}_{i}.png")
         folder.mkdir(parents=True, exist_ok=True)
         paint(latent[0]).save(folder / names[-1])

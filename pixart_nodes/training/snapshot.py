@@ -14,13 +14,18 @@ logger = logging.getLogger(__name__)
 WEIGHTS, STATE = "weights.safetensors", "state.pt"
 
 
-def save_snapshot(folder: RunFolder, step: int, recipe, optimizer, ema, batches, scaler=None, validation_loss=None):
-    """Writes checkpoints/step-<step>, whole or not at all, and returns it. Raises OSError when there is no room."""
+def snapshot_of(step: int, recipe, optimizer, ema, batches, scaler=None) -> tuple[dict, dict]:
+    """(trained weights, everything else) for `save_snapshot`."""
     weights = {name: p.detach() for name, p in recipe.trained().items()}
-    state = {
+    return weights, {
         "step": step, "batches": batches.state_dict(), "optimizer": optimizer.state_dict(), "recipe": recipe.state(),
         "ema": ema.state_dict() if ema else None, "scaler": scaler.state_dict() if scaler else None,
     }  # fmt: skip
+
+
+def save_snapshot(folder: RunFolder, weights: dict, state: dict, validation_loss=None):
+    """Writes checkpoints/step-<step>, whole or not at all, and returns it. Raises OSError when there is no room."""
+    step = state["step"]
     folder.checkpoints.mkdir(parents=True, exist_ok=True)
     size, free = sum(map(bytes_of, (weights, state))), shutil.disk_usage(folder.checkpoints).free
     if free < size * 1.1:

@@ -21,6 +21,7 @@ from ..checkpoints import load_transformer
 from ..data.dataset import Batches
 from ..data.index import Index
 from ..model.transformer import PixArtBlock
+from . import sharding
 from .config import RunConfig
 from .ema import EMA
 from .failures import NotFinite, broke_down, is_out_of_memory, out_of_memory
@@ -29,7 +30,7 @@ from .preview import draw_samples, make_painter
 from .recipes import RECIPES, Draws, Start
 from .recipes.base import on_device
 from .run_dir import RunFolder
-from .snapshot import load_snapshot, save_snapshot
+from .snapshot import load_snapshot, save_snapshot, snapshot_of
 from .validation import Validation, has_validation
 
 logger = logging.getLogger(__name__)
@@ -96,7 +97,10 @@ class Trainer:
         rank, world = accelerator.process_index, accelerator.num_processes
         self.index, kind = open_cache(config.cache), RECIPES[config.recipe]
         start = load_start(config, self.device, DTYPES[precision_of(config)])
-        if problems := kind.problems(config, self.index, start.params):
+        self.sharded, problems = sharding.is_wanted(accelerator), kind.problems(config, self.index, start.params)
+        if self.sharded:
+            problems += sharding.problems(config, precision_of(config))
+        if problems:
             raise ValueError(" ".join(problems))
         self.recipe = recipe = kind(config, start)
         self.batches = Batches(
@@ -110,14 +114,19 @@ class Trainer:
         self.paint = None
         if config.gradient_checkpointing:
             checkpoint_blocks(recipe.network)
-        self.trained = recipe.trained()
-        optimizer = run_optimizer(
-            config.optimizer, list(self.trained.values()), config.learning_rate, config.weight_decay
+        make_optimizer = partial(
+            run_optimizer, config.optimizer, lr=config.learning_rate, weight_decay=config.weight_decay
         )
+        optimizer = make_optimizer(list(recipe.trained().values()))
         self.ema = EMA(recipe.network, config.ema_decay) if config.ema_decay else None
         parts = (recipe, optimizer, self.ema, self.batches, accelerator.scaler)
         self.step = load_snapshot(folder, *parts, path=checkpoint)
-        self.network, self.optimizer = accelerator.prepare(recipe.network, optimizer)
+        if self.sharded:
+            optimizer = sharding.shard(recipe, optimizer, self.ema, make_optimizer)
+            self.network, self.optimizer = recipe.network, accelerator.prepare(optimizer)
+        else:
+            self.network, self.optimizer = accelerator.prepare(recipe.network, optimizer)
+        self.trained = recipe.trained()
         self.stream = iter(self.batches)
         self.stopping = ""  # why, once somebody has asked
         self.rows: list[int] = []
@@ -175,7 +184,7 @@ class Trainer:
         parts = self.gradients()
         norm = self.accelerator.clip_grad_norm_(list(self.trained.values()), config.max_grad_norm)
         parts = {name: self.accelerator.reduce(value, "mean").item() for name, value in parts.items()}
-        loss, norm = sum(parts.values()), float(norm)
+        loss, norm = sum(parts.values()), float(sharding.whole(norm))
         # fp16's scaler looks for a scale at first, and leaves out updates that overflow
         if not math.isfinite(loss) or not math.isfinite(norm) and self.accelerator.scaler is None:
             raise NotFinite(f"loss {loss}, gradient {norm}")
@@ -201,14 +210,20 @@ class Trainer:
             self.rows, self.shape = [*self.rows, *batch.rows], tuple(batch.latent.shape)
             first = number * self.batches.global_batch + self.batches.rank * config.batch_size
             draws = Draws(config.seed, list(range(first, first + len(batch.latent))))
-            waiting = micro < count - 1
-            with self.accelerator.no_sync(self.network) if waiting else nullcontext():
+            with self.joined(last=micro == count - 1):
                 with self.accelerator.autocast():
                     losses = self.recipe.losses(self.network, batch, draws, number)
                 self.accelerator.backward(sum(losses.values()) / count)
             for name, value in losses.items():
                 totals[name] = totals.get(name, 0) + value.detach().float() / count
         return totals
+
+    def joined(self, last: bool):
+        """The context of a micro-batch: the processes' gradients are joined behind the last one of an update."""
+        if not self.sharded:
+            return nullcontext() if last else self.accelerator.no_sync(self.network)
+        self.network.set_requires_gradient_sync(last)
+        return nullcontext()
 
     def obey(self) -> bool:
         """Does what was commanded; True when the run shall stop. All processes do the same."""
@@ -252,23 +267,23 @@ class Trainer:
             self.folder.add_event("validation", step=self.step, loss=loss)
 
     def save(self):
+        if self.main or self.sharded:
+            parts = self.recipe, self.optimizer, self.ema, self.batches, self.accelerator.scaler
+            weights, state = sharding.whole(snapshot_of(self.step, *parts))
         if self.main:
             step, loss = self.validated
-            path = save_snapshot(
-                self.folder, self.step, self.recipe, self.optimizer, self.ema, self.batches, self.accelerator.scaler,
-                loss if step == self.step else None,
-            )  # fmt: skip
+            path = save_snapshot(self.folder, weights, state, loss if step == self.step else None)
             self.folder.prune(self.config.keep, self.step)
             self.folder.add_event("checkpoint", step=self.step, path=str(path.relative_to(self.folder.path)))
         self.accelerator.wait_for_everyone()
 
     def sample(self):
         """Draws the validation prompts; a failure is a warning and never ends the run."""
-        if self.main:
-            if self.paint is None:
-                self.paint, problem = make_painter(self.config.vae, self.recipe.start)
-                if problem:
-                    self.warn(problem)
+        if self.main and self.paint is None:
+            self.paint, problem = make_painter(self.config.vae, self.recipe.start)
+            if problem:
+                self.warn(problem)
+        if self.main or self.sharded:  # then every process has a part of the weights
             try:
                 with self.accelerator.autocast():
                     files = draw_samples(self.recipe, self.index, self.folder.samples, self.step, self.paint)
@@ -281,13 +296,15 @@ class Trainer:
 
     def export(self) -> Path | None:
         """Writes the result, averaged where there is an average."""
-        if not self.main:
-            return None
-        output = self.config.output
         if self.ema:
             with torch.no_grad():
                 for name, parameter in self.trained.items():
                     parameter.copy_(self.ema.weights[name])
+        if self.sharded:
+            sharding.join(self.recipe.network)
+        if not self.main:
+            return None
+        output = self.config.output
         folder = Path(output.folder)
         folder.mkdir(parents=True, exist_ok=True)
         return self.recipe.export(folder / output.name, self.recipe.metadata(self.step))

@@ -31,7 +31,8 @@ class Validation:
     """
 
     def __init__(self, recipe: Recipe, index: Index, rank: int = 0, world: int = 1):
-        self.recipe, self.numbers = recipe, range(rank, MEASUREMENTS, world)
+        # as many for every process, so that they can wait for each other; those behind MEASUREMENTS do not count
+        self.recipe, self.numbers = recipe, range(rank, -(-MEASUREMENTS // world) * world, world)
         self.batches = Batches(
             index, recipe.start.family, 1, seed=recipe.config.seed, role="validation", sample_latents=False
         )
@@ -41,9 +42,10 @@ class Validation:
         """This process's part of the mean loss: the parts of all processes are to be added."""
         recipe, total = self.recipe, torch.zeros((), device=self.recipe.start.device)
         for number in self.numbers:
-            batch = on_device(self.batches.batch(number), total.device)
-            parts = recipe.picture_losses(recipe.network, batch, EvenDraws(recipe.config.seed, number))
-            total += sum(parts.values()).float()
+            place = number % MEASUREMENTS
+            batch = on_device(self.batches.batch(place), total.device)
+            parts = recipe.picture_losses(recipe.network, batch, EvenDraws(recipe.config.seed, place))
+            total += sum(parts.values()).float() * (number < MEASUREMENTS)
         return total / MEASUREMENTS
 
 

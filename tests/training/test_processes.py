@@ -1,6 +1,7 @@
 """`accelerate launch -m pixart_nodes.training`: several processes, kills, signals and a parent that goes away."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -30,12 +31,12 @@ def start(folder, *launcher, **others):
     )  # fmt: skip
 
 
-def two_processes():
+def two_processes(kind="--multi_gpu"):
     """accelerate has no switch for several processes on CPUs; with --multi_gpu and no GPU to see, it does just that."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    return ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
+    return ("-m", "accelerate.commands.launch", kind, "--num_processes", "2", "--num_machines", "1",
             "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", str(port))  # fmt: skip
 
 
@@ -58,6 +59,49 @@ def test_two_processes_have_the_loss_of_one_at_the_same_global_batch(make_run, r
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
     assert losses(two) == pytest.approx(losses(one), rel=1e-4)
+
+
+SAMPLED = {"sample_every": 2, "validate_every": 2, "ema_decay": 0.9}
+SHARDED = {
+    "full": SAMPLED, "full, checkpointed": {"gradient_checkpointing": True, "gradient_accumulation_steps": 2},
+    "lora": {}, "lora, half": {"precision": "bf16", "sample_every": 2}, "lcm": {"gradient_checkpointing": True},
+    "controlnet": SAMPLED | {"controlnet": {"blocks": 1}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", SHARDED)
+def test_sharded_weights_train_as_whole_ones_and_go_on_as_either(make_run, what):
+    """FSDP, started as `accelerate config` would; resumed by one process, and the other way round."""
+    recipe, fields = what.split(",")[0], SHARDED[what]
+    one = make_run(recipe, name="one", steps=2, batch_size=2, **fields)
+    two = make_run(recipe, name="two", steps=2, batch_size=1, **fields)
+    runs = {"one": one, "two": two}
+
+    def train_both(first, second):
+        assert train(first.path / "run.json") == DONE
+        output, _ = (process := start(second, *two_processes("--use_fsdp"))).communicate(timeout=300)
+        assert process.returncode == 0, output
+        held, every = map(int, re.search(r"this process holds (\d+) of (\d+) trained", output).groups())
+        assert held == pytest.approx(every / 2, rel=0.02)
+        assert losses(two) == pytest.approx(losses(one), rel=0.02 if "half" in what else 1e-4)
+        if "half" in what:
+            return
+        first, second = (load_file_tensors(Path(folder.status()["output"]))[0] for folder in (one, two))
+        for name, tensor in first.items():  # without biases of keys: their gradient is nothing but rounding
+            assert "kv" in name and "bias" in name or torch.allclose(tensor, second[name], atol=1e-4), name
+
+    train_both(one, two)
+    for name, other in (("one", 1), ("two", 2)):
+        runs[name].write_config(replace(runs[name].config(), steps=4, batch_size=other))
+    train_both(two, one)
+
+
+def test_what_fsdp_cannot_do_is_said_at_once(make_run):
+    folder = make_run("lora", steps=2, optimizer="came", batch_size=1)
+    output, _ = (process := start(folder, *two_processes("--use_fsdp"))).communicate(timeout=300)
+    assert process.returncode != 0
+    assert "optimizer came does not work with FSDP: take adamw." in output
+    assert folder.status()["error"] == "optimizer came does not work with FSDP: take adamw."
 
 
 def test_a_killed_run_goes_on_from_its_last_checkpoint_to_the_same_weights(make_run):

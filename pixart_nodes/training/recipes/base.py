@@ -130,6 +130,10 @@ class Recipe(ABC):
             return {}
         return {"img_hw": batch.img_hw, "aspect_ratio": batch.aspect_ratio[:, None]}
 
+    def networks(self) -> list[nn.Module]:
+        """All that FSDP spreads over the processes."""
+        return [self.network]
+
     def trained(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.network.named_parameters() if p.requires_grad}
 

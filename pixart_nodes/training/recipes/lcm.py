@@ -13,6 +13,7 @@ from torch.nn.functional import pad
 from ...data.dataset import Batch
 from ...diffusion.consistency import DDIMSolver, consistency_function, lcm_target
 from ...diffusion.losses import pseudo_huber
+from ..sharding import local
 from .base import Draws, Recipe
 from .finetune import FullFineTune
 from .lora import Lora
@@ -93,8 +94,11 @@ class ConsistencyDistillation(Distillation, FullFineTune):
 
     @torch.no_grad()
     def after_update(self):
-        average, now = list(self.average.parameters()), list(self.network.parameters())
+        average, now = local(self.average.parameters()), local(self.network.parameters())
         torch._foreach_lerp_(average, now, 1 - self.config.lcm.ema_decay)
+
+    def networks(self):
+        return [self.network, self.average, self.frozen]
 
     def state(self):
         return dict(self.average.named_parameters())
