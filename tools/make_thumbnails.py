@@ -42,8 +42,8 @@ THUMBNAILS = {
     "train_lcm": ("lcm_4_steps_tiny", "a large orange ring at the top and a small white circle, on a navy background"),
     "train_controlnet": (
         "controlnet_tiny",
-        "a yellow circle at the top left, a red triangle at the right and a white square at the bottom left, on a plain "
-        "dark green background",
+        "a yellow circle at the top left, a red triangle at the right and a white square at the bottom left, on a "
+        "plain dark green background",
     ),
     "controlnet_hed_1024": ("text_to_image_tiny", "a large green triangle in the center, on a pink background"),
     "sigma_4k_tiny": (
