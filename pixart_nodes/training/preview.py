@@ -38,20 +38,20 @@ COLOURS = {
 def draw_samples(recipe: Recipe, index: Index, folder: Path, step: int, paint: Painter | None) -> list[str]:
     """Writes step-000250_0.png, ... and step-000250.safetensors; the names of the pictures. Empty without prompts.
 
-    paint None: computes all the same, and writes nothing.
+    All are drawn before any is written, so that a full disk holds up no process that shares the weights. paint None:
+    computes all the same, and writes nothing.
     """
-    network, latents, names = recipe.network, {}, []
-    for i, (_, features) in enumerate(index.prompts()):
-        row = i % len(index)
-        latent = denoise(recipe, network, index, features, row, i)
-        if paint is None:
-            continue
-        latents[f"latent_{i}"] = latent
-        names.append(f"step-{step:06}_{i}.png")
-        folder.mkdir(parents=True, exist_ok=True)
-        paint(latent[0]).save(folder / names[-1])
-    if latents:
-        save_atomic(latents, folder / f"step-{step:06}.safetensors", {"pixart.format": "scaled latents"})
+    latents = {
+        f"latent_{i}": denoise(recipe, recipe.network, index, features, i % len(index), i)
+        for i, (_, features) in enumerate(index.prompts())
+    }
+    if paint is None or not latents:
+        return []
+    folder.mkdir(parents=True, exist_ok=True)
+    names = [f"step-{step:06}_{i}.png" for i in range(len(latents))]
+    for name, latent in zip(names, latents.values(), strict=True):
+        paint(latent[0]).save(folder / name)
+    save_atomic(latents, folder / f"step-{step:06}.safetensors", {"pixart.format": "scaled latents"})
     return names
 
 
