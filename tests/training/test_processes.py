@@ -69,6 +69,14 @@ SHARDED = {
 }  # fmt: skip
 
 
+def without_keys(name, tensor):
+    """Without the bias of keys, whose gradient is nothing but rounding."""
+    if name.endswith("qkv.bias"):
+        query, _, value = tensor.chunk(3)
+        return torch.cat([query, value])
+    return tensor.chunk(2)[1] if name.endswith("kv_linear.bias") else tensor
+
+
 @pytest.mark.parametrize("what", SHARDED)
 def test_sharded_weights_train_as_whole_ones_and_go_on_as_either(make_run, what):
     """FSDP, started as `accelerate config` would; resumed by one process, and the other way round."""
@@ -87,8 +95,8 @@ def test_sharded_weights_train_as_whole_ones_and_go_on_as_either(make_run, what)
         if "half" in what:
             return
         first, second = (load_file_tensors(Path(folder.status()["output"]))[0] for folder in (one, two))
-        for name, tensor in first.items():  # without biases of keys: their gradient is nothing but rounding
-            assert "kv" in name and "bias" in name or torch.allclose(tensor, second[name], atol=1e-4), name
+        for name, tensor in first.items():
+            assert torch.allclose(without_keys(name, tensor), without_keys(name, second[name]), atol=1e-4), name
 
     train_both(one, two)
     for name, other in (("one", 1), ("two", 2)):
