@@ -32,6 +32,7 @@ class Detection:
     latent_scale: float          # scaled latent = latent * latent_scale
     layout: str                  # "native" or "diffusers"
     notes: tuple[str, ...]       # sentences for the user
+    has_null_caption: bool = True  # whether the file has its rows; else they are a placeholder
 
 
 def detect(

@@ -1,7 +1,9 @@
 """From a file to a transformer."""
 
+import json
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -18,6 +20,11 @@ from .keys import POS_EMBED, Y_EMBEDDING, to_native
 from .measure import measure
 
 logger = logging.getLogger(__name__)
+
+FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+# What ComfyUI puts beside a quantised layer's weight, in its first and its second layout, and for the whole model.
+SCALES = ("scale_weight", "weight_scale")
+QUANTISED = (*SCALES, "scale_input", "input_scale", "comfy_quant", "scaled_fp8")
 
 
 def load_transformer(
@@ -70,15 +77,55 @@ def load_weights(
 
 def native_weights(state_dict, metadata, config, family, base_size, notes=()) -> tuple[dict[str, Tensor], Detection]:
     """Any PixArt state dict -> exactly the tensors of its PixArtTransformer, and what it is."""
+    state_dict = dequantised(state_dict, metadata)
     detection = detect(state_dict, metadata, config, family, base_size)
     native = to_native(state_dict)
     for name in {POS_EMBED, *idle_tensors(native, detection.params)}:
         native.pop(name, None)
     notes = (*notes, *detection.notes)
-    if Y_EMBEDDING not in native:
+    if not (has_null_caption := Y_EMBEDDING in native):
         native[Y_EMBEDDING] = null_caption(detection.params).to(_main_dtype(native))
         notes += ("The file has no null caption: random rows take its place. Encode an empty prompt instead.",)
-    return native, Detection(detection.params, detection.family, detection.latent_scale, detection.layout, notes)
+    return native, replace(detection, notes=notes, has_null_caption=has_null_caption)
+
+
+def dequantised(state_dict: Mapping[str, Tensor], metadata) -> Mapping[str, Tensor]:
+    """ComfyUI's scaled fp8 with the scales multiplied in; any other state dict as it is.
+
+    A weight comes out in the dtype of its layer's bias, which is what it had before. Raises ValueError for ComfyUI's
+    other formats, and for files of other models before anything is computed.
+    """
+    marks = [name for name in state_dict if name.rpartition(".")[2] in QUANTISED]
+    if not marks:
+        return state_dict
+    prefix, _ = find_transformer(state_dict)
+    result = dict(state_dict)
+    for mark in marks:
+        layer, _, kind = mark.rpartition(".")
+        weight, scale = state_dict.get(f"{layer}.weight"), result.pop(mark)
+        if weight is None or not mark.startswith(prefix) or kind not in (*SCALES, "comfy_quant"):
+            continue
+        if weight.dtype not in FP8 or (kind in SCALES and scale.numel() != 1):
+            raise ValueError(
+                f"{layer} is quantised as {_format_of(layer, state_dict, metadata)}. Of ComfyUI's formats only fp8 "
+                "with one scale for each matrix is read here: take ComfyUI's own Load Diffusion Model node for this "
+                "file."
+            )
+        if kind in SCALES:
+            bias = state_dict.get(f"{layer}.bias")
+            dtype = torch.float32 if bias is None or bias.dtype in FP8 else bias.dtype
+            result[f"{layer}.weight"] = (weight.float() * scale.float().reshape(())).to(dtype)
+    return result
+
+
+def _format_of(layer: str, state_dict, metadata) -> str:
+    """ComfyUI's name of a layer's format: it stands beside the layer or in the file's header."""
+    try:
+        if f"{layer}.comfy_quant" in state_dict:
+            return json.loads(bytes(state_dict[f"{layer}.comfy_quant"].tolist()))["format"]
+        return json.loads((metadata or {})["_quantization_metadata"])["layers"][layer]["format"]
+    except (ValueError, LookupError, TypeError, NotImplementedError):  # it only serves to name the format
+        return "an unknown format"
 
 
 def null_caption(params: PixArtParams) -> Tensor:

@@ -12,7 +12,7 @@ from . import foreign
 from .files import load_file_tensors, read_json
 from .keys import find_layout, shortened
 from .lora_alpha import LoraConfig, Strength, folds_alpha, read_config, strength_of
-from .lora_keys import Entry, Target, holds_adapters, sort_by_module
+from .lora_keys import Entry, Target, holds_adapters, other_kind, sort_by_module
 
 CONFIG = "adapter_config.json"
 FOLDER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin", "pytorch_lora_weights.safetensors")
@@ -80,9 +80,8 @@ def load_lora(path, alpha: float | None = None) -> Lora:
         raise FileNotFoundError(f"{path} is no PEFT folder: it has no {FOLDER_WEIGHTS[0]}.")
     tensors, metadata = load_file_tensors(file)
     beside = file.with_name(CONFIG)
-    config = read_json(beside) if beside.is_file() else None
     try:
-        return read_lora(tensors, metadata, config, alpha)
+        return _read(tensors, metadata, lambda: read_json(beside) if beside.is_file() else None, alpha, path.is_dir())
     except ValueError as error:
         raise ValueError(f"{path.name}: {error}") from error
 
@@ -95,27 +94,43 @@ def read_lora(
 
     Raises ValueError when nothing in it belongs to PixArt, when it is incomplete, or when it holds NaN.
     """
-    metadata = dict(metadata or {})
+    return _read(state_dict, dict(metadata or {}), lambda: config, alpha, own=True)
+
+
+def _read(state_dict, metadata, get_config, alpha, own: bool) -> Lora:
+    """read_lora; own: the config is this LoRA's for certain, not only in the same folder."""
     check_is_lora(state_dict)
     entries, unmatched = sort_by_module(state_dict)
     if not entries:
         raise ValueError(f"this is {foreign.describe(state_dict, _OTHER_LORAS)}.")
     kinds = {target: kind_of(entry) for target, entry in entries.items()}
     ranks = {target: rank_of(kinds[target], entry.leaves) for target, entry in entries.items()}
-    beside, notes = usable_config(config, entries, ranks)
+    stored = {target: stored_alpha(entry) for target, entry in entries.items()}
     in_header, folded = read_config(metadata), folds_alpha(metadata)
+    if in_header:
+        in_header.check_init("its metadata")
+    factored = {entry.name: target for target, entry in entries.items() if kinds[target] != "direct"}
+    unknown = [name for name, target in factored.items() if stored[target] is None and not states(in_header, name)]
+    beside, notes = None, ()
+    if own or unknown:
+        of_modules = {name: ranks[target] for name, target in factored.items()}
+        beside, notes = usable_config(get_config, of_modules, own, alpha)
     adapters = []
     for target, entry in entries.items():
         check_finite(entry)
         tensors = with_magnitude_shaped({leaf: t for leaf, t in entry.leaves.items() if leaf != "alpha"})
-        stored = entry.leaves["alpha"].float().item() if "alpha" in entry.leaves else None
-        strength = strength_of(entry.name, ranks[target], stored, in_header, beside, alpha, folded)
+        strength = strength_of(entry.name, ranks[target], stored[target], in_header, beside, alpha, folded)
         adapters.append(Adapter(target, kinds[target], tensors, ranks[target], strength, tuple(entry.keys)))
     return Lora(adapters, unmatched, metadata, notes)
 
 
 def check_is_lora(state_dict):
     """Raises ValueError that says what the file is instead."""
+    if other := other_kind(state_dict):
+        raise ValueError(
+            f"this is {other[0]} ({other[1]}), and PixArt Load LoRA reads LoRA, DoRA, LoHa and LoKr. Merge it into the "
+            "model with the program that trained it, or try ComfyUI's own Load LoRA."
+        )
     if holds_adapters(state_dict):
         return
     if find_layout(state_dict):
@@ -164,19 +179,58 @@ def update_shape(adapter: Adapter) -> tuple[int, int] | None:
     return a * b, c * d
 
 
-def usable_config(config, entries, ranks) -> tuple[LoraConfig | None, tuple[str, ...]]:
-    """adapter_config.json, unless it belongs to another LoRA of the same folder."""
-    if config is None:
-        return None, ()
-    peft_type = str(config.get("peft_type", "LORA")).upper().rpartition(".")[2]  # PEFT's own is an enumeration
+def states(config: LoraConfig | None, module: str) -> bool:
+    return config is not None and config.alpha_of(module) is not None
+
+
+def usable_config(get_config, ranks, own: bool, by_user) -> tuple[LoraConfig | None, tuple[str, ...]]:
+    """adapter_config.json, and notes; None if it belongs to another LoRA of the same folder.
+
+    ranks: by module. Raises ValueError for a config that cannot be used, unless it may be of another LoRA and the user
+    has set an alpha.
+    """
+    try:
+        found = config_of(get_config())
+        stranger = of_another(found, ranks, own) if found else ""
+    except ValueError as error:
+        if own or by_user is None:
+            raise
+        return None, (f"The {CONFIG} beside it is ignored: {error}",)
+    if stranger:
+        return None, (f"The {CONFIG} beside it is of another LoRA ({stranger}): ignored.",)
+    if found:
+        found.check_init(f"its {CONFIG}")
+    return found, ()
+
+
+def config_of(fields: Mapping | None) -> LoraConfig | None:
+    """Raises ValueError for a method of PEFT that is no LoRA."""
+    peft_type = str((fields or {}).get("peft_type", "LORA")).upper().rpartition(".")[2]  # PEFT's own is an enumeration
     if peft_type not in _PEFT_TYPES:
         raise ValueError(f"its {CONFIG} says {peft_type}; PixArt Load LoRA reads {', '.join(_PEFT_TYPES)}.")
-    found = read_config(config)
-    for target, entry in entries.items():
-        said, rank = found and found.rank_of(entry.name), ranks[target]
+    return read_config(fields) if fields else None
+
+
+def of_another(config: LoraConfig, ranks, own: bool) -> str:
+    """What says that a config belongs to another LoRA than the modules with these ranks; empty if nothing does."""
+    for module, rank in ranks.items():
+        said = config.rank_of(module)
         if said and rank and said != rank:
-            return None, (f"The {CONFIG} beside it is of another LoRA (rank {said:g} there, {rank} here): ignored.",)
-    return found, ()
+            return f"rank {said:g} there, {rank} here"
+    if own or any(config.may_target(module) for module in ranks):
+        return ""
+    targets = [config.targets] if isinstance(config.targets, str) else config.targets
+    return f"of {shortened(targets)}, which this one does not change"
+
+
+def stored_alpha(entry: Entry) -> float | None:
+    alpha = entry.leaves.get("alpha")
+    if alpha is None:
+        return None
+    if alpha.numel() != 1:
+        key = entry.keys[list(entry.leaves).index("alpha")]
+        raise ValueError(f"{key} holds {alpha.numel()} numbers, and alpha is one. Save or download it again.")
+    return alpha.float().item()
 
 
 def check_finite(entry: Entry):

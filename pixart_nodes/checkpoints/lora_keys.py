@@ -37,6 +37,17 @@ _LEAF = re.compile(
 )
 _PLAIN = re.compile(r"(?P<module>.+?)(\.modules_to_save\.[^.]+|\.base_layer(?=\.bias))?\.(?P<what>weight|bias)$")
 
+# Tensors of adapters that are not read, and what they are called; LyCORIS' OFT has the names of its BOFT.
+_OTHER_KINDS = (
+    (r"\.(oft_(blocks|diag|R|r)|boft_[RrSs])(\.|$)", "OFT"),
+    (r"\.[ab][12]\.weight$", "GLoRA"),
+    (r"\.lora_E(\.|$)", "AdaLoRA"),
+    (r"\.ia3_l(\.|$)", "IA3"),
+    (r"\.vera_lambda_[bd](\.|$)", "VeRA"),
+)
+# Diffusers' attention processors of 2023: "attn1.processor.to_q_lora.down.weight".
+_PROCESSOR = re.compile(r"(\.processor)?\.(?P<layer>\w+)_lora\.(?P<leaf>down|up)(?=\.weight$)")
+
 _DOTTED = {
     table: {name.replace(".", "_"): name for row in rows for name in row[:2]}
     for table, rows in (("block", BLOCK_KEYS), ("outer", OUTER_KEYS))
@@ -88,6 +99,7 @@ def _underscored(name: str) -> Target | None:
 
 def split(name: str) -> tuple[str, str] | None:
     """"<module>.lora_B.weight" -> ("<module>", "up"); None for a name that belongs to no adapter."""
+    name = _of_today(name)
     if found := _LEAF.fullmatch(name):
         leaf = LEAVES[found["leaf"]]
         if found["what"] == "bias":
@@ -100,7 +112,23 @@ def split(name: str) -> tuple[str, str] | None:
 
 def holds_adapters(names: Iterable[str]) -> bool:
     """Whether any of the names is a part of a LoRA, LoHa, LoKr or difference of weights."""
-    return any(_LEAF.fullmatch(name) for name in names)
+    return any(_LEAF.fullmatch(_of_today(name)) for name in names)
+
+
+def other_kind(names: Iterable[str]) -> tuple[str, str] | None:
+    """What an adapter is called that is not read, and a tensor that shows it."""
+    return next(
+        ((kind, name) for name in names for pattern, kind in _OTHER_KINDS if re.search(pattern, name)), None
+    )
+
+
+def _of_today(name: str) -> str:
+    """"attn1.processor.to_out_lora.up.weight" -> "attn1.to_out.0.lora.up.weight"."""
+    found = _PROCESSOR.search(name)
+    if found is None:
+        return name
+    layer = "to_out.0" if found["layer"] == "to_out" else found["layer"]
+    return f"{name[: found.start()]}.{layer}.lora.{found['leaf']}{name[found.end() :]}"
 
 
 def sort_by_module(state_dict: Mapping[str, Tensor]) -> tuple[dict[Target, Entry], list[str]]:

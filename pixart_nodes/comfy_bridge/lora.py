@@ -2,6 +2,7 @@
 
 import logging
 import os
+from itertools import accumulate
 from pathlib import Path
 
 import comfy.model_base
@@ -21,28 +22,47 @@ logger = logging.getLogger(__name__)
 class DoRA(weight_adapter.WeightAdapterBase):
     """W + D, its rows (or columns) rescaled to the given lengths; D is another adapter's update (arXiv 2402.09353).
 
-    ComfyUI's own decomposition divides by the length of W's rows instead of (W + D)'s.
+    ComfyUI's own decomposition divides by the length of W's rows instead of (W + D)'s. As in PEFT, the length is that
+    of the model's own W, but what earlier LoRAs have added to it is rescaled as well.
     """
 
     name = "dora"
 
     def __init__(self, loaded_keys, weights):
         self.loaded_keys = loaded_keys
-        self.weights = weights  # (magnitude, adapter): ComfyUI moves what it finds in this tuple
+        self.weights = weights  # (magnitude, adapter, what Length measured): ComfyUI moves the tensors in this tuple
 
     def calculate_weight(
         self, weight, key, strength, strength_model, offset, function, intermediate_dtype=torch.float32,
         original_weight=None,
     ):  # fmt: skip
-        magnitude, inner = self.weights
-        plain = weight.float()
-        update = inner.calculate_weight(torch.zeros_like(plain), key, 1.0, 1.0, None, unchanged)
-        changed = plain + function(update)
-        magnitude = magnitude.to(changed)
-        axes = [axis for axis, size in enumerate(magnitude.shape) if size == 1]
-        length = torch.linalg.vector_norm(changed, dim=axes, keepdim=True)
-        changed *= magnitude / length.clamp(min=torch.finfo(changed.dtype).tiny)
+        plain, changed = weight.float(), self.updated(weight, key, function)
+        length = self.weights[2].pop("length", None)
+        length = self.length(changed) if length is None else length
+        changed *= self.weights[0].to(changed) / length.clamp(min=torch.finfo(changed.dtype).tiny)
         return weight.add_(((changed - plain) * strength).to(weight))
+
+    def updated(self, weight, key, function):
+        plain = weight.float()
+        update = self.weights[1].calculate_weight(torch.zeros_like(plain), key, 1.0, 1.0, None, unchanged)
+        return plain + function(update)
+
+    def length(self, changed):
+        axes = [axis for axis, size in enumerate(self.weights[0].shape) if size == 1]
+        return torch.linalg.vector_norm(changed, dim=axes, keepdim=True)
+
+
+class Length(DoRA):
+    """Changes nothing: measures for the DoRA of the same weights before other LoRAs have changed W."""
+
+    name = "dora_length"
+
+    def calculate_weight(
+        self, weight, key, strength, strength_model, offset, function, intermediate_dtype=torch.float32,
+        original_weight=None,
+    ):  # fmt: skip
+        self.weights[2]["length"] = self.length(self.updated(weight, key, function))
+        return weight
 
 
 class Replacement(weight_adapter.WeightAdapterBase):
@@ -76,9 +96,11 @@ def apply_lora(model, path: str, strength: float = 1.0, alpha: float | None = No
     if strength == 0:
         return model, "Strength 0: the model is unchanged."
     lora = load_lora(path, alpha)
-    patches, unmatched = patches_of(lora, shapes_of(model.model), name)
+    tables, unmatched = patches_of(lora, shapes_of(model.model), name)
     patched = model.clone()
-    patched.add_patches(patches, strength)
+    for table in (*tables, lengths(tables, model.patches)):
+        patched.add_patches(table, strength)
+    patched.patches = {key: in_order(patches) for key, patches in patched.patches.items()}
     said = report(lora, unmatched, model.model)
     logger.info("%s: %s", name, said)
     if unmatched:
@@ -95,43 +117,77 @@ def shapes_of(model) -> dict[str, torch.Size]:
     return {name: tensor.shape for name, tensor in tensors.items()}
 
 
-def patches_of(lora: Lora, shapes, name: str) -> tuple[dict, list[str]]:
-    """ComfyUI's patch table, and the names that the model has no place for.
+def patches_of(lora: Lora, shapes, name: str) -> tuple[list[dict], list[str]]:
+    """ComfyUI's patch tables, and the names that the model has no place for.
 
     Raises ValueError when nothing fits, or when something has the wrong shape: it is for another model then.
     """
-    patches, unmatched = {}, list(lora.unmatched)
+    patches, unmatched = [], list(lora.unmatched)
     for adapter in lora.adapters:
         found = adapter_patches(adapter, shapes, name)
-        patches |= {target(module, part, shapes): patch for (module, part), patch in found.items()}
+        patches += [(target(key, part, shapes), patch) for key, part, patch in found]
         unmatched += [] if found else adapter.keys
     if not patches:
         raise ValueError(f"{name} has nothing for this PixArt model: it changes {shortened(unmatched)}.")
-    return patches, unmatched
+    return in_tables(patches), unmatched
 
 
-def adapter_patches(adapter: Adapter, shapes, name: str) -> dict:
-    """{(name of a tensor, part): patch}; empty when the model has no such module.
+def in_tables(patches: list[tuple]) -> list[dict]:
+    """Tables of (name, patch): one has one patch for a name, so a second for the same goes into a second table."""
+    tables = []
+    for name, patch in patches:
+        table = next((table for table in tables if name not in table), None)
+        if table is None:
+            tables.append(table := {})
+        table[name] = patch
+    return tables
+
+
+def lengths(tables: list[dict], before: dict) -> dict:
+    """What measures for the DoRAs among the patches, where the model has patches of other LoRAs before them."""
+    return {
+        name: Length(set(), patch.weights) for table in tables for name, patch in table.items()
+        if isinstance(patch, DoRA) and (name if isinstance(name, str) else name[0]) in before
+    }  # fmt: skip
+
+
+def in_order(patches: list[tuple]) -> list[tuple]:
+    """A tensor's patches in ComfyUI's form: what is replaced, what is measured, and then what is changed.
+
+    No patch passes a merge of models, a list or a factor for the model: that makes the weight for what follows it.
+    """
+    merges = [isinstance(value, list) or factor != 1.0 for _, value, factor, *_ in patches]
+    stages = list(accumulate(merges))
+
+    def place(i):
+        value = patches[i][1]
+        return stages[i], not merges[i], not isinstance(value, Replacement), not isinstance(value, Length)
+
+    return [patches[i] for i in sorted(range(len(patches)), key=place)]
+
+
+def adapter_patches(adapter: Adapter, shapes, name: str) -> list[tuple]:
+    """(name of a tensor, part, patch) of each change; none when the model has no such module.
 
     And for scale_shift_table: ComfyUI does not patch parameters of modules that have modules inside.
     """
     module, part = adapter.target
     weight, bias = f"{module}.weight", f"{module}.bias" if f"{module}.bias" in shapes else None
     if weight not in shapes:
-        return {}
-    tensors, found = adapter.tensors, {}
+        return []
+    tensors, found = adapter.tensors, []
     if adapter.kind != "direct":
         check_shape(update_shape(adapter), weight, part, shapes, name)
         check_magnitude(tensors.get("magnitude"), weight, part, shapes, name)
-        found[weight, part] = factors(adapter)
+        found.append((weight, part, factors(adapter)))
     for leaf, key in (("diff", weight), ("weight", weight), ("diff_b", bias), ("bias", bias), ("up_bias", bias)):
         if leaf in tensors and key is not None:
             tensor = torch.atleast_1d(tensors[leaf])
             check_shape((tensor.shape[0], tensor[0].numel()), key, part, shapes, name)
             tensor = tensor.reshape(-1, *shapes[key][1:])
             tensor = tensor.float() * adapter.strength.scale if leaf == "up_bias" else tensor
-            replaces = leaf in ("weight", "bias")
-            found[key, part] = Replacement(set(), (tensor,)) if replaces else ("diff", (tensor,))
+            patch = Replacement(set(), (tensor,)) if leaf in ("weight", "bias") else ("diff", (tensor,))
+            found.append((key, part, patch))
     return found
 
 
@@ -168,7 +224,7 @@ def factors(adapter: Adapter) -> weight_adapter.WeightAdapterBase:
         matrices = (t("lokr_w1"), t("lokr_w2"), alpha, t("lokr_w1_a"), t("lokr_w1_b"), t("lokr_w2_a"), t("lokr_w2_b"))
         made = weight_adapter.LoKrAdapter(set(), (*matrices, None, None))
     magnitude = t("magnitude")
-    return made if magnitude is None else DoRA(set(), (magnitude, made))
+    return made if magnitude is None else DoRA(set(), (magnitude, made, {}))
 
 
 def scaled_w2(t, scale: float) -> torch.Tensor:

@@ -158,3 +158,69 @@ def test_a_config_of_another_model_beside_a_file_is_ignored_with_a_note(tmp_path
     (tmp_path / "config.json").write_text(json.dumps(config))
     _, found = load_transformer(tmp_path / "m.safetensors")
     assert found.params == tiny() and any("of another model (depth 28" in note for note in found.notes)
+
+
+def comfy_quantised(state, layout, prefix="", dtype=torch.float8_e4m3fn):
+    """(tensors, metadata) as ComfyUI saves scaled fp8, and the state dict that this stands for."""
+    file, layers, plain = {}, {}, dict(state)
+    for name, tensor in state.items():
+        if tensor.ndim != 2 or ".weight" not in name or "blocks." not in name:
+            file[prefix + name] = tensor
+            continue
+        layer, scale = name.removesuffix(".weight"), tensor.abs().max() / torch.finfo(dtype).max
+        file[prefix + name] = (tensor / scale).to(dtype)
+        plain[name] = file[prefix + name].float() * scale
+        file[f"{prefix}{layer}.{'scale_weight' if layout == 'first' else 'weight_scale'}"] = scale
+        file[f"{prefix}{layer}.{'scale_input' if layout == 'first' else 'input_scale'}"] = torch.tensor(0.5)
+        layers[prefix + layer] = {"format": str(dtype).removeprefix("torch.")}
+        if layout == "second":
+            text = json.dumps(layers[prefix + layer]).encode()
+            file[f"{prefix}{layer}.comfy_quant"] = torch.tensor(list(text), dtype=torch.uint8)
+    if layout == "first":
+        file[prefix + "scaled_fp8"] = torch.empty(0, dtype=dtype)
+    metadata = {"_quantization_metadata": json.dumps({"layers": layers})} if layout == "header" else None
+    return file, metadata, plain
+
+
+@pytest.mark.parametrize("spelling", ["native", "diffusers"])
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize("layout", ["first", "second", "header"])
+def test_scaled_fp8_of_comfyui_is_read_as_the_weights_it_stands_for(tmp_path, tiny, original, layout, dtype, spelling):
+    state = original(tiny()) if spelling == "native" else to_diffusers(original(tiny()))
+    file, metadata, plain = comfy_quantised(state, layout, "model.diffusion_model.", dtype)
+    save_file(file, tmp_path / "q.safetensors", metadata)
+    choice = {"family": "sigma", "base_size": 512, "config": {"num_heads": 2}}
+    model, found = load_transformer(tmp_path / "q.safetensors", **choice)
+    assert found.params == tiny() and found.layout == spelling
+    assert same(model.state_dict(), load_transformer(plain, **choice)[0].state_dict())
+
+
+def test_scaled_fp8_comes_out_in_the_dtype_of_the_biases(tiny, original):
+    state = {name: tensor.bfloat16() for name, tensor in original(tiny()).items()}
+    model, _ = load_transformer(comfy_quantised(state, "first")[0], config={"num_heads": 2})
+    assert {tensor.dtype for tensor in model.state_dict().values()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("layout", ["second", "header"])
+@pytest.mark.parametrize("kind", ["nvfp4", "mxfp8", "int8_tensorwise", "asym_w4a8_int8"])
+def test_quantisation_that_is_not_read_is_named_with_the_loader_that_reads_it(tmp_path, tiny, original, kind, layout):
+    file, metadata, _ = comfy_quantised(original(tiny()), layout)
+    weights = {"nvfp4": torch.uint8, "mxfp8": torch.float8_e4m3fn}
+    for name in [name for name in file if name.endswith(".weight_scale")]:
+        layer = name.removesuffix(".weight_scale")
+        file[f"{layer}.weight"] = torch.zeros(file[f"{layer}.weight"].shape).to(weights.get(kind, torch.int8))
+        file[name] = torch.ones(24) if kind in weights else file[name]
+        if layout == "second":
+            text = json.dumps({"format": kind}).encode()
+            file[f"{layer}.comfy_quant"] = torch.tensor(list(text), dtype=torch.uint8)
+    metadata = metadata and {name: text.replace("float8_e4m3fn", kind) for name, text in metadata.items()}
+    save_file(file, tmp_path / "q.safetensors", metadata)
+    with pytest.raises(ValueError, match=rf"q\.safetensors: blocks\..* is quantised as {kind}\..*Load Diffusion Model"):
+        load_transformer(tmp_path / "q.safetensors", config={"num_heads": 2})
+
+
+def test_a_scaled_fp8_file_of_another_model_is_named_before_anything_is_computed():
+    t5 = {"encoder.block.0.layer.0.SelfAttention.q.weight": torch.zeros(4, 4), "scaled_fp8": torch.zeros(0)}
+    t5 |= {"encoder.block.0.layer.0.SelfAttention.q.scale_weight": torch.ones(())}
+    with pytest.raises(ValueError, match="a T5 text encoder"):
+        load_transformer(t5)

@@ -1,44 +1,20 @@
-"""LoRA files without ComfyUI: names, alpha, what is refused, and what is written."""
+"""LoRA files without ComfyUI: names, and what is refused."""
 
-import json
-import os
 import re
 
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 
 from pixart_nodes.checkpoints import save_native
 from pixart_nodes.checkpoints.keys import native_to_diffusers
-from pixart_nodes.checkpoints.lora_export import LAYOUTS, save_lora
 from pixart_nodes.checkpoints.lora_files import load_lora, read_lora
 from pixart_nodes.checkpoints.lora_keys import PREFIXES, native_module, sort_by_module, split
 from pixart_nodes.model import VARIANTS, PixArtTransformer
 
+from .lora_tensors import TO_Q, linear
+
 DOTTED = [prefix for prefix in PREFIXES if prefix.endswith(".")]
-
-
-def linear(name, rank=4, rows=24, columns=24, seed=0, style=("lora_A.weight", "lora_B.weight")):
-    g = torch.Generator().manual_seed(seed)
-    down, up = torch.randn(rank, columns, generator=g), torch.randn(rows, rank, generator=g)
-    return {f"{name}.{style[0]}": down, f"{name}.{style[1]}": up}
-
-
-def only(lora):
-    (adapter,) = lora.adapters
-    return adapter
-
-
-def deltas(lora, width=24):
-    """Native module -> the whole matrix that is added."""
-    result = {}
-    for a in lora.adapters:
-        delta = a.tensors["up"].float().flatten(1) @ a.tensors["down"].float().flatten(1) * a.strength.scale
-        i, n = a.target.part
-        whole = result.setdefault(a.target.module, torch.zeros(delta.shape[0] * n, delta.shape[1]))
-        whole[i * delta.shape[0] : (i + 1) * delta.shape[0]] += delta
-    return result
 
 
 # Names
@@ -71,6 +47,9 @@ def test_every_module_of_a_model_is_found_in_every_spelling(variant):
         ("m.x.lora_B.bias", ("m.x", "up_bias")),
         ("m.x.lora.up.weight", ("m.x", "up")),
         ("m.x.lora_linear_layer.down.weight", ("m.x", "down")),
+        ("m.to_q_lora.up.weight", ("m.to_q", "up")),
+        ("m.processor.to_q_lora.down.weight", ("m.to_q", "down")),
+        ("m.processor.to_out_lora.down.weight", ("m.to_out.0", "down")),
         ("lora_unet_a_b.alpha", ("lora_unet_a_b", "alpha")),
         ("m.x.lora_magnitude_vector.default.weight", ("m.x", "row_magnitude")),
         ("m.x.lora_magnitude_vector", ("m.x", "row_magnitude")),
@@ -82,6 +61,7 @@ def test_every_module_of_a_model_is_found_in_every_spelling(variant):
         ("m.x.base_layer.bias", ("m.x", "bias")),
         ("m.x.lora_A.bias", None),
         ("m.x.running_mean", None),
+        ("m.to_q_lora.weight", ("m.to_q_lora", "weight")),
     ],
 )
 def test_a_name_is_a_module_and_a_leaf(name, expected):
@@ -112,73 +92,7 @@ def test_two_adapters_in_one_file_are_refused():
         sort_by_module(tensors)
 
 
-# Alpha: tensor, metadata, adapter_config.json, widget, PEFT's default
-
-NAME = "transformer.transformer_blocks.3.attn1.to_q"
-METADATA = {"lora_adapter_metadata": json.dumps({"transformer.r": 4, "transformer.lora_alpha": 6})}
-CONFIG = {"peft_type": "LORA", "r": 4, "lora_alpha": 12}
-
-
-@pytest.mark.parametrize(
-    "tensor, metadata, config, widget, alpha, source",
-    [
-        (2.0, METADATA, CONFIG, 20.0, 2.0, "stored in the file"),
-        (None, METADATA, CONFIG, 20.0, 6.0, "the file's metadata"),
-        (None, {}, CONFIG, 20.0, 12.0, "adapter_config.json"),
-        (None, {}, None, 20.0, 20.0, "set on the node"),
-        (None, {}, None, None, 8.0, "PEFT's default"),
-        (None, {"ss_network_alpha": "3"}, CONFIG, None, 3.0, "the file's metadata"),
-        (None, {"ss_network_alpha": "None"}, CONFIG, None, 12.0, "adapter_config.json"),
-        (None, {"lora_alpha": "5.5"}, None, 20.0, 5.5, "the file's metadata"),
-        (None, {"r": "4"}, None, None, 8.0, "PEFT's default"),
-        (None, {}, {"r": 4}, 3.0, 3.0, "set on the node"),
-        (0.0, {}, None, 20.0, 0.0, "stored in the file"),
-    ],
-)
-def test_alpha_comes_from_the_first_place_that_knows_it(tensor, metadata, config, widget, alpha, source):
-    tensors = linear(NAME) | ({} if tensor is None else {f"{NAME}.alpha": torch.tensor(tensor)})
-    lora = read_lora(tensors, metadata, config, widget)
-    strength = only(lora).strength
-    assert (strength.alpha, strength.scale) == (alpha, alpha / 4)
-    assert source in strength.source and source in lora.summary() and f"alpha {alpha:g}" in lora.summary()
-
-
-def test_a_lora_of_pixarts_own_scripts_is_a_quarter_as_strong_as_its_rank_suggests():
-    """LCM-LoRA: rank 32, alpha nowhere, PEFT's default 8."""
-    assert only(read_lora(linear("unet.base_model.model.proj_out", rank=32))).strength.scale == 0.25
-
-
-def test_patterns_and_rank_stabilisation_of_peft_count():
-    config = {"r": 9, "lora_alpha": 3.0, "use_rslora": True, "rank_pattern": {"attn1.to_q": 4},
-              "alpha_pattern": {r"^transformer_blocks\.3\..*": 10.0, "to_q": 1.0}}  # fmt: skip
-    assert only(read_lora(linear(NAME), config=config)).strength.scale == 10.0 / 2
-    other = linear(NAME.replace("3", "2"))
-    assert only(read_lora(other, config=config)).strength.scale == 1.0 / 2
-
-
-def test_onetrainer_signs_its_files_and_folds_alpha_into_them():
-    lora = read_lora(linear(NAME), {"ot_branch": "master"}, None, 3.0)
-    assert only(lora).strength.scale == 1.0 and "OneTrainer" in lora.summary()
-
-
-def test_a_config_of_another_lora_in_the_same_folder_is_ignored():
-    lora = read_lora(linear(NAME), None, {"r": 16, "lora_alpha": 64})
-    assert only(lora).strength.alpha == 8.0
-    assert "of another LoRA (rank 16 there, 4 here)" in lora.notes[0]
-
-
-def test_many_alphas_are_summed_up():
-    tensors = {}
-    for i in range(6):
-        name = f"lora_unet_blocks_{i}_attn_proj"
-        tensors |= linear(name, rank=i + 1, style=("lora_down.weight", "lora_up.weight"))
-        tensors[f"{name}.alpha"] = torch.tensor(1.0)
-    assert "and 3 other combinations" in read_lora(tensors).summary()
-
-
 # What is refused
-
-TO_Q = "transformer_blocks.0.attn1.to_q"
 
 
 @pytest.mark.parametrize(
@@ -199,6 +113,21 @@ TO_Q = "transformer_blocks.0.attn1.to_q"
 )
 def test_other_files_are_named(tensors, said):
     with pytest.raises(ValueError, match=said):
+        read_lora(tensors)
+
+
+@pytest.mark.parametrize(
+    "leaves, kind",
+    [(["oft_blocks", "alpha"], "OFT"), (["oft_diag"], "OFT"), (["oft_blocks", "rescale", "alpha"], "OFT"),
+     (["oft_R.weight"], "OFT"), (["boft_R", "boft_s"], "OFT"),
+     (["a1.weight", "a2.weight", "b1.weight", "b2.weight", "alpha"], "GLoRA"),
+     (["a1.weight", "a2.weight", "b1.weight", "b2.weight"], "GLoRA"),
+     (["lora_A", "lora_B", "lora_E"], "AdaLoRA"), (["ia3_l"], "IA3"), (["vera_lambda_b", "vera_lambda_d"], "VeRA")],
+)  # fmt: skip
+@pytest.mark.parametrize("prefix", ["lora_unet_blocks_0_attn_qkv.", f"base_model.model.{TO_Q}."])
+def test_other_kinds_of_adapters_are_named(leaves, kind, prefix):
+    tensors = {f"{prefix}{leaf}": torch.ones(() if leaf == "alpha" else (2, 2)) for leaf in leaves}
+    with pytest.raises(ValueError, match=f"this is {kind} .*reads LoRA, DoRA, LoHa and LoKr. Merge it into the model"):
         read_lora(tensors)
 
 
@@ -251,100 +180,3 @@ def test_a_folder_without_weights_is_named(tmp_path):
 def test_unmatched_names_are_kept_for_the_report():
     extra = {"lora_te_x.lora_up.weight": torch.zeros(1), "bundle_emb.x": torch.zeros(1)}
     assert set(read_lora(linear(TO_Q) | extra).unmatched) == set(extra)
-
-
-# What is written
-
-
-def random_lora(seed, native, dora=False):
-    """Random ranks and alphas on fused modules, or on some of their slices, and on a convolution."""
-    g = torch.Generator().manual_seed(seed)
-    modules = {"blocks.0.attn.qkv": (72, 24), "blocks.1.cross_attn.kv_linear": (48, 24), "blocks.1.mlp.fc1": (96, 24),
-               "final_layer.linear": (32, 24)}  # fmt: skip
-    tensors, prefix = {}, "diffusion_model." if native else "transformer."
-    for module, (rows, columns) in modules.items():
-        names = [(module, (0, 1))] if native else native_to_diffusers(module)
-        for name, (_, n) in names if native or dora else names[-2:]:
-            r = int(torch.randint(1, 6, (), generator=g))
-            tensors |= linear(prefix + name, r, rows // n, columns, seed + r)
-            tensors[f"{prefix}{name}.alpha"] = torch.rand((), generator=g) * 9
-            if dora:
-                tensors[f"{prefix}{name}.dora_scale"] = torch.rand(rows // n, 1, generator=g)
-    conv = prefix + ("x_embedder.proj" if native else "pos_embed.proj")
-    tensors[f"{conv}.lora_A.weight"] = torch.randn(3, 4, 2, 2, generator=g)
-    tensors[f"{conv}.lora_B.weight"] = torch.randn(24, 3, 1, 1, generator=g)
-    if dora:
-        tensors[f"{conv}.dora_scale"] = torch.rand(24, 1, 1, 1, generator=g)
-    return read_lora(tensors)
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("native", [True, False])
-@pytest.mark.parametrize("seed", range(3))
-def test_what_is_written_means_the_same(tmp_path, layout, native, seed):
-    lora = random_lora(seed, native)
-    save_lora(lora, tmp_path / "out", layout)
-    back = load_lora(tmp_path / "out")
-    assert not back.unmatched and not back.notes
-    expected, found = deltas(lora), deltas(back)
-    assert expected.keys() == found.keys()
-    for module in expected:
-        assert (expected[module] - found[module]).abs().max() < 1e-5 * expected[module].abs().max()
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("native", [True, False])
-def test_dora_magnitudes_survive(tmp_path, layout, native):
-    def magnitudes(lora):
-        by_module = {}
-        for a in sorted(lora.adapters, key=lambda a: a.target):
-            by_module.setdefault(a.target.module, []).append(a.tensors["magnitude"].flatten())
-        return {module: torch.cat(parts) for module, parts in by_module.items()}
-
-    lora = random_lora(1, native, dora=True)
-    save_lora(lora, tmp_path / "out", layout)
-    expected, found = magnitudes(lora), magnitudes(load_lora(tmp_path / "out"))
-    assert expected.keys() == found.keys() and all(torch.equal(expected[m], found[m]) for m in expected)
-
-
-@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout != "peft"])
-def test_alpha_and_metadata_are_in_the_file(tmp_path, layout):
-    save_lora(random_lora(0, True), tmp_path / "x.safetensors", layout, {"pixart.family": "sigma"}, torch.float16)
-    with safe_open(tmp_path / "x.safetensors", "pt") as file:
-        names = list(file.keys())
-        assert file.metadata()["pixart.family"] == "sigma"
-        assert all(file.get_tensor(name).dtype == torch.float16 for name in names if "alpha" not in name)
-    downs = [name for name in names if "lora_down" in name or "lora_A" in name]
-    assert downs and all(re.sub(r"lora_(down|A)\.weight", "alpha", name) in names for name in downs)
-    back = load_lora(tmp_path / "x.safetensors")
-    assert back.metadata["pixart.family"] == "sigma"
-    assert {a.strength.alpha for a in back.adapters} >= {a.strength.alpha for a in random_lora(0, True).adapters[:1]}
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_writing_is_all_or_nothing(tmp_path, layout):
-    path = tmp_path / "x.safetensors"
-    (path / "adapter_config.json" / "in the way").mkdir(parents=True)  # a folder where a file is to be
-    with pytest.raises(OSError, match="could not be written"):
-        save_lora(random_lora(0, True), path, layout)
-    assert os.listdir(tmp_path) == ["x.safetensors"] and os.listdir(path) == ["adapter_config.json"]
-
-
-def test_what_a_layout_cannot_express_is_refused(tmp_path):
-    def refused(tensors, layout, said):
-        with pytest.raises(ValueError, match=said):
-            save_lora(read_lora(tensors), tmp_path / "x", layout)
-        assert not (tmp_path / "x").exists()
-
-    by_column = linear("diffusion_model.blocks.0.attn.proj") | {
-        "diffusion_model.blocks.0.attn.proj.dora_scale": torch.ones(1, 24)
-    }
-    refused(by_column, "comfyui", "magnitudes by column")
-    some = linear(TO_Q) | {f"{TO_Q}.dora_scale": torch.ones(24, 1)}
-    refused(some, "kohya", "magnitudes for 1 of its 3 slices")
-    refused(linear("proj_out") | some, "peft", "PEFT has one switch")
-    both = linear(TO_Q) | linear("blocks.0.attn.qkv", rows=72)
-    refused(both, "comfyui", "as a whole and one of a part")
-    refused({f"{TO_Q}.lokr_w1": torch.ones(2, 2), f"{TO_Q}.lokr_w2": torch.ones(12, 12)}, "peft", "Only plain LoRA")
-    refused(linear(TO_Q), "unknown", "no LoRA layout 'unknown'")
-    refused(linear(TO_Q) | linear("blocks.0.attn.qkvz"), "kohya", "qkvz.lora_A.weight, .*would be lost")

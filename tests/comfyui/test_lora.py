@@ -1,20 +1,20 @@
 """PixArt Load LoRA inside a real ComfyUI: the same pictures as PEFT's, whoever wrote the file."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 
 import pytest
 import torch
-from peft import LoHaConfig, LoKrConfig
 from safetensors.torch import load_file, save_file
 
 from pixart_nodes.checkpoints import save_native
 from pixart_nodes.model import PixArtTransformer
 
 from .inprocess import PACK
-from .tiny import ALPHA_MS, SIGMA, random_weights
-from .tiny_lora import NATIVE_TARGETS, TARGETS, Reference, check, inputs, lora_config, off, run
+from .tiny import ALPHA_MS, SIGMA
+from .tiny_lora import NATIVE_TARGETS, Reference, check, inputs, lora_config, off, run
 
 # Equal to PEFT, layout by layout
 
@@ -44,6 +44,14 @@ def write(layout, reference, loras):
         folded = {k: v * (scales[k.rsplit(".lora_B", 1)[0]] if "lora_B" in k else 1) for k, v in module_wise().items()}
         save_file({f"transformer.{k}": v for k, v in folded.items()}, path, {"ot_branch": "master"})
         return path.name, 0.0, "OneTrainer"
+    if layout == "diffusers of 2023":
+        tensors = {
+            name.replace("to_out.0.", "to_out.").replace(".lora_A.", "_lora.down.").replace(".lora_B.", "_lora.up."): t
+            for name, t in module_wise("transformer.").items()
+        }
+        processors = {re.sub(r"\.(to_\w+_lora)", r".processor.\1", name): tensor for name, tensor in tensors.items()}
+        save_file(processors, path)
+        return path.name, alpha, "set on the node"
     prefix = {"OneTrainer": "lora_transformer_", "kohya": "lora_unet_", "SimpleTuner LyCORIS": "lycoris_"}.get(layout)
     if prefix:
         save_file(reference.kohya(prefix), path)
@@ -55,7 +63,7 @@ def write(layout, reference, loras):
 BUNDLED = "pixart-tiny-zorb.safetensors"
 LAYOUTS = ["peft folder", "peft file", "official script", "official folder", "diffusers with metadata", "OneTrainer",
            "OneTrainer folded", "kohya", "SimpleTuner LyCORIS", "transformer", "diffusion_model", "base_model.model",
-           "transformer.base_model.model", "unet"]  # fmt: skip
+           "transformer.base_model.model", "unet", "diffusers of 2023"]  # fmt: skip
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -103,113 +111,6 @@ def test_onetrainers_names_for_slices_of_fused_modules_equal_peft(tmp_path, lora
     check(reference, model, said)
 
 
-CONFIGS = {
-    "rslora": lambda: lora_config(1, use_rslora=True),
-    "patterns": lambda: lora_config(
-        2, rank_pattern={"attn1.to_q": 3, r"transformer_blocks\.1\.ff.*": 5, "proj_out": 1},
-        alpha_pattern={"attn1.to_q": 2.5, "linear_1": 11, "transformer_blocks.0.attn2.to_k": 0.7},
-    ),
-    "patterns, rslora": lambda: lora_config(3, rank_pattern={"to_v": 7}, alpha_pattern={"to_v": 3}, use_rslora=True),
-    "bias": lambda: lora_config(4, lora_bias=True),
-    "trained biases": lambda: lora_config(5, bias="lora_only"),
-    "saved module": lambda: lora_config(6, ["to_q", "ff.net.2"], modules_to_save=["proj_out"]),
-    "dora": lambda: lora_config(7, use_dora=True),
-    "dora with rslora": lambda: lora_config(8, ["to_k", "to_v", "proj"], use_dora=True, use_rslora=True),
-    "loha": lambda: LoHaConfig(r=3, alpha=5.0, target_modules=TARGETS),
-    "loha of convolutions": lambda: LoHaConfig(r=2, alpha=3.0, target_modules=["proj"], use_effective_conv2d=True),
-    "lokr": lambda: LoKrConfig(r=3, alpha=2.0, target_modules=TARGETS),
-    "lokr of two full matrices": lambda: LoKrConfig(r=200, alpha=90.0, target_modules=["to_q", "ff.net.2", "proj"]),
-    "lokr, both taken apart": lambda: LoKrConfig(
-        r=2, alpha=3.0, target_modules=TARGETS, decompose_both=True, use_effective_conv2d=True,
-        rank_pattern={"to_q": 1}, alpha_pattern={"to_v": 1.5},
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("kind", CONFIGS)
-@pytest.mark.parametrize("params, file", [(SIGMA, "sigma.safetensors"), (ALPHA_MS, "alpha_ms.safetensors")])
-def test_every_kind_of_adapter_in_a_peft_folder_equals_peft(tmp_path, loras, load_lora, load_model, kind, params, file):
-    reference = Reference(tmp_path, CONFIGS[kind](), len(kind), params=params)
-    if kind in ("trained biases", "saved module"):
-        with torch.no_grad():
-            for name, p in reference.model.named_parameters():
-                if "modules_to_save" in name or (p.requires_grad and name.endswith("bias")):
-                    p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(1)) * 0.1)
-    reference.model.save_pretrained(loras / "adapter")
-    base = load_model(file)
-    plain = run(base, params)
-    model, said = load_lora(base, "adapter")
-    expected = check(reference, model, said)
-    assert off(plain, expected) > 0.01
-    assert "adapter_config.json" in said
-
-
-@pytest.mark.parametrize("kind", ["loha", "lokr", "lokr of two full matrices"])
-def test_lycoris_files_of_simpletuner_equal_peft(tmp_path, loras, load_lora, load_model, kind):
-    """Tensors as PEFT has them, names with underscores and alpha as a tensor, which two full matrices do not need."""
-    config = CONFIGS[kind]()
-    if kind == "lokr of two full matrices":
-        config.alpha = config.r
-    reference = Reference(tmp_path, config, 1)
-    tensors = reference.state_dict("lycoris_", "_")
-    alphas = {f"{name.rsplit('.', 1)[0]}.alpha": torch.tensor(float(config.alpha)) for name in tensors}
-    save_file(tensors | alphas, loras / "lycoris.safetensors")
-    model, said = load_lora(load_model(), "lycoris.safetensors")
-    check(reference, model, said)
-
-
-def test_dora_of_onetrainer_by_row_and_by_column_is_the_formula_of_the_paper(loras, load_lora, load_model):
-    weights, g = random_weights(SIGMA), torch.Generator().manual_seed(3)
-    up, down = torch.randn(48, 2, generator=g) * 0.1, torch.randn(2, 48, generator=g)
-    for rows in (True, False):
-        magnitude = torch.rand(48, 1, generator=g) + 0.5 if rows else torch.rand(1, 48, generator=g) + 0.5
-        name = "lora_transformer_transformer_blocks_1_attn1_to_k"
-        tensors = {f"{name}.lora_up.weight": up, f"{name}.lora_down.weight": down, f"{name}.dora_scale": magnitude,
-                   f"{name}.alpha": torch.tensor(3.0)}  # fmt: skip
-        save_file(tensors, loras / "dora.safetensors")
-        model, _ = load_lora(load_model(), "dora.safetensors")
-        changed = weights["blocks.1.attn.qkv.weight"].clone()
-        k = changed[48:96] + up @ down * 1.5
-        changed[48:96] = magnitude * k / k.norm(dim=1 if rows else 0, keepdim=True)
-        run(model)
-        found = model.model.diffusion_model.blocks[1].attn.qkv.weight
-        assert (found - changed).abs().max() < 1e-6
-        model.detach()
-
-
-def test_a_convolution_of_three_factors_is_their_product(loras, load_lora, load_model):
-    """LyCORIS' LoCon with a Tucker core, on the patch embedder."""
-    g = torch.Generator().manual_seed(3)
-    up, core, down = (torch.randn(s, generator=g) for s in ((48, 3, 1, 1), (3, 3, 2, 2), (3, 4, 1, 1)))
-    name = "lycoris_pos_embed_proj"
-    tensors = {f"{name}.lora_up.weight": up, f"{name}.lora_mid.weight": core, f"{name}.lora_down.weight": down}
-    save_file(tensors | {f"{name}.alpha": torch.tensor(1.5)}, loras / "locon.safetensors")
-    model, said = load_lora(load_model(), "locon.safetensors")
-    run(model)
-    update = torch.einsum("or,rskl,si->oikl", up[:, :, 0, 0], core, down[:, :, 0, 0]) * 0.5
-    found = model.model.diffusion_model.x_embedder.proj.weight - random_weights(SIGMA)["x_embedder.proj.weight"]
-    assert (found - update).abs().max() < 1e-5 and "All 4 keys" in said
-    model.detach()
-
-
-def test_differences_of_weights_and_biases_are_added_and_those_of_tables_are_named(loras, load_lora, load_model):
-    """ComfyUI never patches the tables: they belong to modules that have modules inside."""
-    g, weights = torch.Generator().manual_seed(4), random_weights(SIGMA)
-    changes = {"blocks.0.attn.proj.weight": "lora_unet_blocks_0_attn_proj.diff",
-               "blocks.0.attn.proj.bias": "lora_unet_blocks_0_attn_proj.diff_b",
-               "x_embedder.proj.weight": "transformer.pos_embed.proj.diff"}  # fmt: skip
-    tensors = {theirs: torch.randn(weights[ours].shape, generator=g) for ours, theirs in changes.items()}
-    table = "diffusion_model.blocks.1.scale_shift_table.diff"
-    save_file(tensors | {table: torch.ones(6, 48)}, loras / "diff.safetensors")
-    model, said = load_lora(load_model(), "diff.safetensors", 0.5)
-    run(model)
-    after = model.model.diffusion_model.state_dict()
-    for name, stored in changes.items():
-        assert (after[name] - weights[name] - tensors[stored] / 2).abs().max() < 1e-6, name
-    assert said == f"3 of 4 keys matched. Not used: {table}."
-    model.detach()
-
-
 # What a user does with it
 
 
@@ -242,28 +143,6 @@ def test_strength_zero_is_the_unchanged_model(tmp_path, loras, load_lora, sigma)
     model, said = load_lora(sigma, "adapter", 0.0)
     assert not model.patches and "unchanged" in said
     assert torch.equal(run(model), run(sigma))
-
-
-def test_two_loras_stack_as_in_peft_and_leave_no_trace(tmp_path, loras, load_lora, load_model):
-    first, second = lora_config(1), lora_config(2, ["to_q", "ff.net.0.proj", "proj_out"])
-    reference = Reference(tmp_path, first, 1)
-    reference.model.save_pretrained(loras / "first")
-    other = Reference(tmp_path, second, 2)
-    other.model.save_pretrained(loras / "second")
-    reference.model.load_adapter(loras / "second", "second")
-    reference.model.base_model.set_adapter(["default", "second"])
-    base = load_model()
-    before = {name: tensor.clone() for name, tensor in base.model.diffusion_model.state_dict().items()}
-    plain = run(base)
-    one, _ = load_lora(base, "first")
-    both, _ = load_lora(one, "second")
-    assert off(run(both), reference(*inputs(SIGMA))) < 1e-5
-    assert off(run(one), run(both)) > 0.01
-    assert torch.equal(run(base), plain)
-    base.detach()
-    after = base.model.diffusion_model.state_dict()
-    assert all(torch.equal(after[name], before[name]) for name in before)
-    assert not base.patches
 
 
 @pytest.mark.parametrize("weight_dtype", ["fp8_e4m3fn", "bf16", "int8"])

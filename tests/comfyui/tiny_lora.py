@@ -18,7 +18,7 @@ NATIVE_TARGETS = ["qkv", "q_linear", "kv_linear", "proj", "fc1", "fc2", "mlp.0",
 class Reference:
     """A tiny transformer with PEFT's adapter on it, every factor random."""
 
-    def __init__(self, tmp_path, config, seed=0, native=False, params=SIGMA):
+    def __init__(self, tmp_path, config, seed=0, native=False, params=SIGMA, randomised=True):
         weights = random_weights(params, {SIGMA: 0, ALPHA_MS: 2}[params])
         if native:
             base = PixArtTransformer(params)
@@ -29,7 +29,8 @@ class Reference:
             base = PixArtTransformer2DModel.from_pretrained(tmp_path / "base")
         self.native, self.config, self.params = native, config, params
         self.model = get_peft_model(base, config).eval()
-        self.randomise(torch.Generator().manual_seed(seed))
+        if randomised:
+            self.randomise(torch.Generator().manual_seed(seed))
 
     @torch.no_grad()
     def randomise(self, generator):
