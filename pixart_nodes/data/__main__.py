@@ -10,7 +10,6 @@ Stopped or killed at any moment, the same command goes on where it was.
 
 import argparse
 import logging
-import os
 import sys
 import time
 from dataclasses import fields
@@ -23,11 +22,14 @@ from .cache import Store
 from .encode import fill, stores
 from .imports import import_features
 from .index import index_of
-from .manifest import Manifest, Memory, ScanOptions, scan
+from .manifest import Manifest, ScanOptions, scan
+from .memory import Memory
 from .pictures import digest
+from .processes import check_joined, launched, leave
 
 logger = logging.getLogger("pixart_nodes.data")
 
+FAILED = 2  # exit status
 REPORT_EVERY = 10.0  # seconds
 ANY_WAIT = timedelta(days=7)  # for the slowest process
 
@@ -93,12 +95,10 @@ def encode(arguments):
 
     from .loading import load_encoders
 
-    launched = int(os.environ.get("WORLD_SIZE", 1))
     # accelerate joins processes on CPUs only when it is told that there is nothing else.
-    on_cpu = arguments.cpu or launched > 1 and not torch.accelerator.is_available()
+    on_cpu = arguments.cpu or launched() > 1 and not torch.accelerator.is_available()
     accelerator = Accelerator(cpu=on_cpu, kwargs_handlers=[InitProcessGroupKwargs(timeout=ANY_WAIT)])
-    if accelerator.num_processes != launched:
-        raise ValueError(f"{launched} processes were launched, but accelerate joined {accelerator.num_processes}.")
+    check_joined(accelerator)
     share = {"rank": accelerator.process_index, "world": accelerator.num_processes}
     source, cache = Path(arguments.source).resolve(), Path(arguments.cache)
     memory = shared_memory(source, cache / "scans", share["rank"])
@@ -171,8 +171,8 @@ def main(words=None) -> int:
         return commands[arguments.command](arguments) or 0
     except (ValueError, OSError) as error:
         logger.error("%s", error)
-        return 2
+        return FAILED
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main(), FAILED)

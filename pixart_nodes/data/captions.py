@@ -16,13 +16,14 @@ from PIL import Image
 from ..checkpoints.files import replacing
 from .manifest import Problem, Progress, problem_lines
 from .pictures import DAMAGED, decode
-from .sources import VLM_CAPTION, Entry, entries
+from .sources import SHARED, VLM_CAPTION, Entry, entries, read_caption, twins
 
 logger = logging.getLogger(__name__)
 
 PROMPT = "Describe this image and its style in a very detailed manner."  # the paper's question to LLaVA
 KINDS = {"caption": ".txt", "VLM caption": VLM_CAPTION}  # what is written, beside the picture
 EXISTING = ("keep", "replace")
+HARMLESS = ("missing caption", "control")  # problems of a list that keep no picture from being described
 LONGEST_SIDE = 1024  # pixels a model is shown; all of them scale down further themselves
 
 
@@ -48,12 +49,15 @@ def caption_pictures(
     that are there are overwritten. Pictures that cannot be read, and empty answers, are listed.
     """
     listed = list(entries(source))
+    shared = twins(entry.path for entry in listed)
     result = Captioned([], 0, [])
     for done, entry in enumerate(listed, 1):
-        if entry.problem and entry.problem[0] == "format":
+        if entry.problem and entry.problem[0] not in HARMLESS:
             result.problems.append(Problem(entry.name, *entry.problem))
         elif existing == "keep" and has_caption(entry, kind):
             result = result._replace(kept=result.kept + 1)
+        elif entry.path.with_suffix("") in shared:
+            result.problems.append(Problem(entry.name, *SHARED))
         else:
             caption_one(entry, write, entry.path.with_suffix(KINDS[kind]), result)
         if progress:
@@ -64,7 +68,14 @@ def caption_pictures(
 def has_caption(entry: Entry, kind: str) -> bool:
     """Also where the list has one, or a file is there that cannot be read: neither is ours to replace unasked."""
     listed = entry.caption if kind == "caption" else entry.vlm_caption
-    return bool(listed) or any(path.exists() and path.stat().st_size for path in sidecars(entry.path, kind))
+    return bool(listed) or any(map(holds_text, sidecars(entry.path, kind)))
+
+
+def holds_text(path: Path) -> bool:
+    try:
+        return bool(read_caption(path))
+    except (OSError, UnicodeDecodeError):
+        return True
 
 
 def sidecars(path: Path, kind: str) -> list[Path]:

@@ -5,6 +5,7 @@ see together what one process sees.
 """
 
 import hashlib
+import logging
 import math
 import struct
 from collections import deque
@@ -18,6 +19,8 @@ from torch import Tensor
 
 from .index import Index
 from .manifest import ROLES
+
+logger = logging.getLogger(__name__)
 
 ORDER, CONTENT = 0, 1  # what a random stream decides
 
@@ -130,18 +133,22 @@ class Batches:
     def load_state_dict(self, state: dict):
         """Goes on after the last batch that was handed out; the number of processes may have changed.
 
-        Raises ValueError when order or content would not be the same.
+        With another global batch it goes on after as many pictures, in another order. Raises ValueError when seed or
+        content are not the same.
         """
         now = self.state_dict()
         reasons = {
             "seed": "the seed is {now}, and was {before}: set it back",
-            "global_batch": "the global batch is {now} pictures, and was {before}: set batch size x processes to that",
             "pictures": "the data set has changed: start a new run, or bring back the cache of the old one",
         }
         for name, reason in reasons.items():
             if state[name] != now[name]:
                 raise ValueError("This run cannot continue: " + reason.format(now=now[name], before=state[name]) + ".")
         self.step = state["step"]
+        if state["global_batch"] != self.global_batch:
+            self.step = math.ceil(state["step"] * state["global_batch"] / self.global_batch)
+            logger.warning("a batch had %d pictures and has %d now: the order of the pictures changes",
+                           state["global_batch"], self.global_batch)  # fmt: skip
 
     def _pictures(self) -> str:
         """A fingerprint of what the order depends on, wherever in the shards the features lie."""

@@ -4,6 +4,7 @@ Written by tools/extract_features.py of PixArt-alpha and PixArt-sigma; folders a
 """
 
 import zipfile
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +18,7 @@ from .buckets import TABLES, nearest
 from .cache import Store, content_key
 from .index import LATENT_FACTOR, Index, Row, build
 from .manifest import Bucket, Problem, Progress
-from .pictures import digest
+from .pictures import DAMAGED, digest
 from .sources import CAPTION_FIELDS, PATH_FIELDS, VLM_FIELDS, records, text_field
 
 # (family, glob below the data's root): InternalData.py and InternalData_ms.py of both repositories, spelling included.
@@ -26,6 +27,8 @@ LATENT_FOLDERS = (
     ("alpha", "img_vae_fatures_*_multiscale/ms"), ("alpha", "img_vae_features_*_multiscale/ms"),
     ("alpha", "img_vae_features_*resolution/noflip"),
 )  # fmt: skip
+# What NumPy, zip files and PyTorch raise on damaged arrays.
+BROKEN = (*DAMAGED, zipfile.BadZipFile, AttributeError, RuntimeError, MemoryError)
 CAPTION_FOLDERS = {"sigma": ("caption_features_new",), "alpha": ("caption_feature_wmask", "caption_features")}
 VLM_FOLDERS = {"sigma": ("sharegpt4v_caption_features_new",), "alpha": ()}
 
@@ -53,10 +56,11 @@ def import_features(
     found, problems = [], []
     with latents, captions:
         for done, (where, record) in enumerate(listed, 1):
-            name = text_field(record, PATH_FIELDS, where)
+            name = ""
             try:
+                name = text_field(record, PATH_FIELDS, where)
                 found.append(import_one(name, record, where, folders, latents, captions))
-            except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            except (OSError, ValueError) as error:
                 problems.append(Problem(name or where, "feature", " ".join(str(error).split())))
             if progress:
                 progress(done, len(listed))
@@ -64,12 +68,30 @@ def import_features(
         first = f" The first: {problems[0].name}: {problems[0].detail}" if problems else ""
         raise ValueError(f"{root} has no picture whose features can be used ({len(problems)} tried).{first}")
     rows = [row(latents.places[latent], *map(captions.places.get, keys)) for row, latent, keys in found]
+    rows, others = of_one_width(rows)
     index = build(
         cache, rows, family=folders.family, size=table_of(rows[0].bucket), vae_id=latents.folder.name,
         t5_id=captions.folder.name, source=str(root), token_limit=TOKEN_LIMITS[folders.family], null_caption=None,
         real_caption_ratio=real_caption_ratio,
     )  # fmt: skip
-    return index, problems
+    return index, problems + others
+
+
+def of_one_width(rows: list[Row]) -> tuple[list[Row], list[Problem]]:
+    """The rows whose features are as wide as most are, which is what a model takes; the others as problems."""
+    widths = [widths_of(row) for row in rows]
+    usual = Counter(widths).most_common(1)[0][0]
+    problems = [
+        Problem(row.name, "feature", f"it has {width}, but most pictures have {usual}: extract it again")
+        for row, width in zip(rows, widths, strict=True)
+        if width != usual
+    ]
+    return [row for row, width in zip(rows, widths, strict=True) if width == usual], problems
+
+
+def widths_of(row: Row) -> str:
+    captions = {place.shape[1] for place in (row.caption, row.vlm_caption) if place}
+    return f"{row.latent.shape[0]} latent channels and captions of width {' and '.join(map(str, sorted(captions)))}"
 
 
 def find_folders(root: Path) -> Folders:
@@ -112,8 +134,20 @@ def import_one(name: str, record: dict, where: str, folders: Folders, latents: S
         raise ValueError("it has no caption with features")
     if key not in latents:
         latents.put(key, latent)
-    height, width = int(record.get("height") or bucket.height), int(record.get("width") or bucket.width)
+    height, width = side(record, "height", bucket.height), side(record, "width", bucket.width)
     return partial(Row, name, bucket, height, width, "train", 1, control=None), key, keys
+
+
+def side(record: dict, name: str, default: int) -> int:
+    """Raises ValueError for what is no number of pixels; nothing is the default."""
+    value = record.get(name) or default
+    try:
+        pixels = int(value)
+    except (TypeError, ValueError, OverflowError):
+        pixels = 0
+    if not 1 <= pixels < 2**31:
+        raise ValueError(f"its {name} in the list is {value!r:.40} instead of a number of pixels")
+    return pixels
 
 
 def import_caption(folder: Path, name: str, family: str, captions: Store) -> str:
@@ -139,9 +173,26 @@ def feature_file(folder: Path, name: str, kind: str) -> Path:
     return found
 
 
+def load_numbers(path: Path, *keys: str) -> list[Tensor]:
+    """The array of a .npy file, or those of a .npz file. Raises ValueError when they are damaged or no numbers."""
+    try:
+        if not keys:
+            return [numbers(np.load(path, allow_pickle=False))]
+        with np.load(path, allow_pickle=False) as file:
+            return [numbers(file[key]) for key in keys]
+    except BROKEN as error:
+        raise ValueError(f"{path.name} cannot be read ({error}): extract it again") from error
+
+
+def numbers(array: np.ndarray) -> Tensor:
+    if array.dtype.kind not in "biuf":
+        raise TypeError(f"it holds {array.dtype} instead of numbers")
+    return torch.from_numpy(array)
+
+
 def read_latent(path: Path) -> Tensor:
     """(8, H/8, W/8): mean and std, unscaled. Raises ValueError for anything else."""
-    latent = torch.from_numpy(np.load(path, allow_pickle=False)).float()
+    latent = load_numbers(path)[0].float()
     if latent.ndim == 4 and len(latent) == 1:
         latent = latent[0]
     if latent.ndim != 3 or latent.shape[0] not in (4, 8) or not torch.isfinite(latent).all():
@@ -151,8 +202,9 @@ def read_latent(path: Path) -> Tensor:
 
 def read_caption_features(path: Path, limit: int) -> Tensor:
     """The rows of the caption's own tokens, (L, D) fp16. Raises ValueError for anything else."""
-    with np.load(path, allow_pickle=False) as file:
-        features, mask = (torch.from_numpy(file[key]) for key in ("caption_feature", "attention_mask"))
+    features, mask = load_numbers(path, "caption_feature", "attention_mask")
+    if not features.ndim or not features.shape[-1]:
+        raise ValueError(f"{path.name} is no T5 feature: its shape is {tuple(features.shape)}")
     features = features.reshape(-1, features.shape[-1])
     tokens = int(mask.sum())
     if mask.numel() != len(features) or not 1 <= tokens <= limit:

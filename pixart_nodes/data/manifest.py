@@ -1,25 +1,20 @@
 """A data set: its usable pictures, each in the bucket of its shape, and a list of what is wrong with the others."""
 
-import json
-import logging
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import zip_longest
-from pathlib import Path
 from typing import NamedTuple
 
-from ..checkpoints.files import replacing
 from .buckets import TRAINING_SIZES, merge_small, nearest, training_table
-from .pictures import DAMAGED, decode, digest
+from .memory import Memory
 from .sources import Entry, entries
 
-logger = logging.getLogger(__name__)
-
 ROLES = ("train", "validation", "prior")  # prior: the recipe holds the model to what it did before
+SAME_SHAPE = 1.05  # a control image's sides may be rounded, but what is drawn in it must lie where the picture has it
 SAVE_EVERY = 60  # seconds of a scan that a crash may cost
 Progress = Callable[[int, int], None]  # (done, total); may raise to cancel
 
@@ -32,7 +27,7 @@ class Bucket(NamedTuple):
 
 class Problem(NamedTuple):
     name: str
-    kind: str  # format, damaged, too small, missing file, missing caption, duplicate, control
+    kind: str  # format, name, damaged, too small, missing file, missing caption, shared caption, duplicate, control
     detail: str
 
 
@@ -69,7 +64,7 @@ class ScanOptions:
     trigger_word: str = ""
     repeats: int = 1
     role: str = "train"
-    validation_percent: float = 0.0  # held out by content, so the same pictures stay out
+    validation_percent: float = -1.0  # held out by content, so the same pictures stay out; -1: see held_out
     smallest_bucket: int = 4
     max_enlargement: float = 1.5
     real_caption_ratio: float = 0.5  # how often a picture with both captions is shown with its own, as PixArt-sigma
@@ -84,8 +79,8 @@ class ScanOptions:
             problems.append(f"role {self.role!r} is none of {', '.join(ROLES)}.")
         if not 1 <= self.repeats < 2**15:
             problems.append(f"repeats is {self.repeats}; it must be at least 1 and below 32768.")
-        if not 0 <= self.validation_percent <= 50:
-            problems.append(f"validation_percent is {self.validation_percent}; it must lie in 0..50.")
+        if self.validation_percent != -1 and not 0 <= self.validation_percent <= 50:
+            problems.append(f"validation_percent is {self.validation_percent}; it must lie in 0..50, or be -1.")
         if self.smallest_bucket < 1:
             problems.append(f"smallest_bucket is {self.smallest_bucket}; it must be at least 1.")
         if self.max_enlargement < 1:
@@ -116,16 +111,28 @@ class Manifest:
         return dict(sorted(groups.items()))
 
     def joined(self, other: "Manifest") -> "Manifest":
-        """Both data sets as one. Raises ValueError when they are for different picture sizes."""
+        """Both data sets as one, each picture once. Raises ValueError when they are for different picture sizes."""
         if self.size != other.size:
             raise ValueError(
                 f"{other.source} was scanned for size {other.size} and {self.source} for size {self.size}: "
                 "give both data sets the same size."
             )
+        own = self.without(other)
         return Manifest(
-            f"{other.source} + {self.source}", self.size, other.samples + self.samples,
-            other.problems + self.problems, other.notes + self.notes, self.real_caption_ratio,
+            f"{other.source} + {self.source}", self.size, other.samples + own.samples,
+            other.problems + own.problems, other.notes + own.notes, self.real_caption_ratio,
         )  # fmt: skip
+
+    def without(self, other: "Manifest") -> "Manifest":
+        """This data set; pictures that are in the other one too are problems (to show one more often: repeats)."""
+        there = {sample.digest: f"{sample.name} for {sample.role} in {other.source}" for sample in other.samples}
+        samples = tuple(sample for sample in self.samples if sample.digest not in there)
+        problems = tuple(
+            Problem(sample.name, "duplicate", f"the same file as {there[sample.digest]}")
+            for sample in self.samples
+            if sample.digest in there
+        )
+        return replace(self, samples=samples, problems=self.problems + problems)
 
     def summary(self) -> str:
         """For a person: how many are usable, in which buckets, and every problem."""
@@ -136,63 +143,6 @@ class Manifest:
             lines += [f"  of these for {role}: {count}"] if role != "train" else []
         lines += self.notes
         return "\n".join([*lines, *problem_lines(self.problems)])
-
-
-class Look(NamedTuple):
-    """What a file's bytes say, remembered by path, size and time of change."""
-
-    digest: str
-    height: int
-    width: int
-    damage: str  # empty: none
-
-
-class Memory:
-    """What was seen of each file, so that only new and changed files are read again. `path` None: for this scan.
-
-    `others` are the files of other processes, which are read too.
-    """
-
-    def __init__(self, path: Path | None = None, others: Iterable[Path] = ()):
-        self.path, self.changed = path, False
-        self.own = recall(path) if path is not None else {}
-        self.known = {name: seen for other in others for name, seen in recall(other).items()} | self.own
-
-    def look(self, path: Path) -> Look:
-        """Raises OSError when the file is not there."""
-        stat = path.stat()
-        stamp = [stat.st_size, stat.st_mtime_ns]
-        before = self.known.get(str(path))
-        if before is None or before[0] != stamp:
-            before = self.known[str(path)] = self.own[str(path)] = (stamp, look(path.read_bytes()))
-            self.changed = True
-        return before[1]
-
-    def save(self):
-        if self.path is not None and self.changed:
-            with replacing(self.path) as temporary:
-                temporary.write_text(json.dumps(dict(self.own)), encoding="utf-8")
-            self.changed = False
-
-
-def recall(path: Path) -> dict[str, tuple[list[int], Look]]:
-    """{path of a picture: (size and time of change, what was seen)}; empty for a file that is not there or torn."""
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        return {name: (stamp, Look(*seen)) for name, (stamp, seen) in content.items()}
-    except (ValueError, TypeError, AttributeError) as error:
-        logger.warning("%s is not used: %s. The pictures are looked at again.", path, error)
-        return {}
-
-
-def look(data: bytes) -> Look:
-    try:
-        image = decode(data)
-    except DAMAGED as error:
-        return Look(digest(data), 0, 0, " ".join(str(error).split())[:200] or type(error).__name__)
-    return Look(digest(data), image.height, image.width, "")
 
 
 def scan(
@@ -247,6 +197,12 @@ def inspect(entry: Entry, options: ScanOptions, memory: Memory) -> Sample | Prob
         return Problem(entry.name, "damaged", seen.damage)
     if control and control.damage:
         return Problem(entry.name, "control", f"{entry.control.name} is damaged: {control.damage}")
+    if control and not 1 / SAME_SHAPE <= control.height * seen.width / (control.width * seen.height) <= SAME_SHAPE:
+        return Problem(
+            entry.name, "control",
+            f"{entry.control.name} is {control.width} x {control.height} px, but the picture {seen.width} x "
+            f"{seen.height}: give it the picture's shape",
+        )  # fmt: skip
     bucket = Bucket(*nearest(training_table(options.size), seen.height, seen.width))
     enlargement = max(bucket.height / seen.height, bucket.width / seen.width)
     if enlargement > options.max_enlargement:
@@ -261,11 +217,10 @@ def inspect(entry: Entry, options: ScanOptions, memory: Memory) -> Sample | Prob
         if not options.caption_from_trigger:
             return Problem(entry.name, "missing caption", f"write {entry.path.stem}.txt, or let PixArtCaption write it")
         caption = options.trigger_word.strip()
-    held_out = int(seen.digest[:8], 16) % 10_000 < options.validation_percent * 100
     return Sample(
         entry.name, str(entry.path), seen.digest, seen.height, seen.width, bucket, caption, vlm_caption,
         control=str(entry.control or ""), control_digest=control.digest if control else "",
-        role="validation" if held_out and options.role == "train" else options.role, repeats=options.repeats,
+        role=options.role, repeats=options.repeats,
     )  # fmt: skip
 
 
@@ -299,8 +254,22 @@ def arrange(source: str, found: list[Sample | Problem], options: ScanOptions) ->
     table = training_table(options.size)
     moved = {ratio: Bucket(target, *table[target]) for ratio, target in targets.items()}
     samples = [replace(sample, bucket=moved[sample.bucket.ratio]) for sample in samples]
+    held = held_out(samples, options)
+    samples = [replace(sample, role="validation") if sample.digest in held else sample for sample in samples]
     notes = bucket_notes(counts, moved, options)
     return Manifest(source, options.size, tuple(samples), tuple(problems), notes, options.real_caption_ratio)
+
+
+def held_out(samples: list[Sample], options: ScanOptions) -> set[str]:
+    """Digests of the pictures that are kept for validation: about as many as asked for, and one at least.
+
+    By default 2 % where there are 50 pictures, none where there are fewer.
+    """
+    percent = (2.0 if len(samples) >= 50 else 0.0) if options.validation_percent < 0 else options.validation_percent
+    if not percent or options.role != "train" or len(samples) < 2:
+        return set()
+    rank = {sample.digest: int(sample.digest[:8], 16) % 10_000 for sample in samples}
+    return {digest for digest, number in rank.items() if number < percent * 100} or {min(rank, key=rank.get)}
 
 
 def bucket_notes(counts, moved: dict[float, Bucket], options: ScanOptions) -> tuple[str, ...]:

@@ -16,6 +16,7 @@ DAMAGED = (
     OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, OverflowError, struct.error, zlib.error,
     Image.DecompressionBombError,
 )  # fmt: skip
+SIXTEEN_BIT = ("PNG", "PPM")  # formats whose grey is 16 bit at most, also where Pillow calls it I
 THUMBNAIL = 112
 SHEET_COLUMNS = 8
 
@@ -34,13 +35,28 @@ def decode(data: bytes) -> Image.Image:
     if image.format in ("GIF", "WEBP", "PNG") and getattr(image, "is_animated", False):
         raise ValueError(f"it is an animation of {image.n_frames} frames")
     image.load()
-    image = ImageOps.exif_transpose(image)
-    if image.mode in ("I", "I;16", "I;16B", "I;16L"):
-        image = image.convert("I").point(lambda value: value / 256)  # 16 bit; Pillow would clip it at 255
+    image = eight_bit(ImageOps.exif_transpose(image), image.format)
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
+
+
+def eight_bit(image: Image.Image, format: str | None) -> Image.Image:
+    """Grey of 16 bit, or of floating point in 0..1, as 8 bit; Pillow would clip it at 255. Others stay.
+
+    Raises ValueError for numbers of which nobody can say what is white.
+    """
+    if image.mode == "F":
+        low, high = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.float32).aminmax()
+        if not 0 <= low <= high <= 1:
+            raise ValueError(f"its grey goes from {low:g} to {high:g} instead of 0 to 1: save it with 8 or 16 bit")
+        return image.point(lambda value: value * 255 + 0.5).convert("L")
+    if image.mode == "I" and format not in SIXTEEN_BIT:
+        raise ValueError("its grey has 32 bit, or a sign: save it with 8 or 16 bit")
+    if image.mode in ("I", "I;16", "I;16B", "I;16L"):
+        return image.convert("I").point(lambda value: value / 256)
+    return image
 
 
 def fit(image: Image.Image, height: int, width: int) -> Image.Image:

@@ -13,7 +13,8 @@ from ..comfy_bridge import features
 from ..comfy_bridge.compat import build, check_interrupt, executing_node, show_text
 from ..data import captions
 from ..data.buckets import TRAINING_SIZES
-from ..data.manifest import Memory, ScanOptions, scan
+from ..data.manifest import ScanOptions, scan
+from ..data.memory import Memory
 from ..data.pictures import contact_sheet, digest
 from ..data.sources import entries
 
@@ -61,7 +62,7 @@ def files_fingerprint(source) -> str:
     """Changes when a picture or caption of a data set does; nothing is opened but the lists."""
     fingerprint = hashlib.blake2b(digest_size=16)
     for entry in entries(source):
-        paths = [path for path in (entry.path, entry.control) if path and path.exists()]
+        paths = [path for path in (entry.path, entry.control) if path and os.path.exists(path)]
         stamps = [(path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
         fingerprint.update(repr((entry.name, entry.caption, entry.vlm_caption, stamps)).encode())
     return fingerprint.hexdigest()
@@ -111,6 +112,7 @@ class PixArtDataset(io.ComfyNode):
     def execute(cls, folder, exclude_problems, dataset=None, **settings) -> io.NodeOutput:
         source = input_path(folder)
         manifest = scan(source, ScanOptions(**settings), scan_memory(source), Progress())
+        manifest = manifest if dataset is None else manifest.without(dataset)
         text = f"{source}\n{manifest.summary()}"
         sheet = contact_sheet(
             (f"{bucket.width} x {bucket.height}: {len(samples)}", [(s.path, *s.bucket[1:]) for s in samples])
@@ -193,12 +195,12 @@ def dataset_inputs():
             io.Float.Input,
             "validation_percent",
             default=DEFAULTS.validation_percent,
-            min=0.0,
+            min=-1.0,
             max=50.0,
             step=1.0,
             advanced=True,
             tooltip="Part of the pictures that is kept out of training to measure the loss on. The same ones each "
-            "time.",
+            "time. -1: 2 % where there are 50 pictures or more, else none.",
         ),
         build(
             io.Combo.Input,

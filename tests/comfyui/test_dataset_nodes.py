@@ -137,16 +137,31 @@ def test_a_changed_caption_makes_the_data_set_run_again(comfy, pictures):
     assert fingerprint(folder=pictures.name, size="256") != before
 
 
+def test_a_list_with_a_name_that_no_file_can_have_has_a_fingerprint_too(comfy, pictures):
+    (pictures / "metadata.jsonl").write_text(json.dumps({"path": "n" * 300 + ".png", "prompt": "x"}))
+    assert comfy.classes["PixArtDataset"].fingerprint_inputs(folder=pictures.name, size="256")
+
+
 @pytest.mark.parametrize(("folder", "message"), [("", "No data set is named"), ("nowhere", "There is no data set at")])
 def test_a_folder_that_is_not_there_is_named(run, folder, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         run("PixArtDataset", folder=folder)
 
 
-def test_data_sets_are_joined_by_a_cable(run, pictures):
+def test_data_sets_are_joined_by_a_cable_and_what_is_in_both_stops_the_graph(run, pictures, tmp_path):
     (first,) = run("PixArtDataset", folder=pictures.name, size="256", repeats=3).result
-    (both,) = run("PixArtDataset", folder=str(pictures), size="256", role="prior", dataset=first).result
-    assert [(s.role, s.repeats) for s in both.samples] == [("train", 3)] * 6 + [("prior", 1)] * 6
+    for number in (10, 11):
+        picture(number).save(tmp_path / f"p{number}.png")
+        (tmp_path / f"p{number}.txt").write_text("of the class")
+    inputs = {"folder": str(tmp_path), "size": "256", "role": "prior", "dataset": first}
+    (both,) = run("PixArtDataset", **inputs).result
+    assert [(s.role, s.repeats) for s in both.samples] == [("train", 3)] * 6 + [("prior", 1)] * 2
+    shutil.copy(pictures / "p0.png", tmp_path / "p10.png")
+    stopped = run("PixArtDataset", **inputs)
+    assert f"p10.png: duplicate (the same file as p0.png for train in {pictures})" in stopped.text
+    assert "1 of 2 pictures have problems" in stopped.output.block_execution
+    (both,) = run("PixArtDataset", **inputs, exclude_problems=True).result
+    assert [s.role for s in both.samples] == ["train"] * 6 + ["prior"]
 
 
 def test_cached_latents_and_captions_are_those_that_comfyui_makes(comfy, cached, tiny, pictures):

@@ -25,6 +25,11 @@ def write_pictures(folder, shapes, start: int = 0):
     return folder
 
 
+def kinds(manifest):
+    """{picture: kind of its problem}."""
+    return {problem.name: problem.kind for problem in manifest.problems}
+
+
 class FakeEncoders:
     """Counts its calls. Latents are the means of 8 x 8 pixels with a std, captions one row per word."""
 

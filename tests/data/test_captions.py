@@ -1,6 +1,7 @@
 """Captions from a vision language model: two kinds of models, nothing overwritten unasked, resumable."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -85,10 +86,45 @@ def test_vlm_captions_stand_beside_the_own_ones(silent):
     assert [s.caption for s in samples] == ["", "", "picture number 2", ""]
 
 
+@pytest.mark.parametrize("blank", ["", "\n", " \t\r\n\n", "\ufeff\n"])
+def test_a_blank_caption_file_is_none_for_the_scan_and_for_the_captioner(silent, blank):
+    (silent / "p2.txt").write_text(blank, encoding="utf-8")
+    assert "p2.png: missing caption" in scan(silent, ScanOptions(size="256")).summary()
+    assert len(caption_pictures(silent, lambda image: "new").written) == 4
+    assert (silent / "p2.txt").read_text() == "new\n"
+
+
+def test_a_caption_file_that_may_not_be_read_stops_nothing_and_stays(silent, monkeypatch):
+    read = Path.read_text
+
+    def refuse(path, **options):
+        if path.name == "p2.txt":
+            raise PermissionError(13, "Permission denied")
+        return read(path, **options)
+
+    monkeypatch.setattr(Path, "read_text", refuse)
+    assert "p2.png: missing caption (its caption file cannot be read (Permission denied))" in scan(
+        silent, ScanOptions(size="256")
+    ).summary()
+    done = caption_pictures(silent, lambda image: "new")
+    assert (len(done.written), done.kept) == (3, 1)
+
+
 def test_a_caption_that_cannot_be_read_is_not_overwritten(silent):
     (silent / "p0.txt").write_bytes("fée".encode("latin-1"))
     caption_pictures(silent, lambda image: "new")
     assert (silent / "p0.txt").read_bytes() == "fée".encode("latin-1")
+
+
+@pytest.mark.parametrize("existing", ["keep", "replace"])
+def test_no_caption_is_written_that_two_pictures_would_share(silent, existing):
+    for name in ("p0.jpg", "p2.jpg"):
+        picture(20).save(silent / name)
+    done = caption_pictures(silent, lambda image: "new", existing=existing)
+    assert [(p.name, p.kind) for p in done.problems] == [
+        (name, "shared caption") for name in ("p0.jpg", "p0.png", "p2.jpg", "p2.png")
+    ]  # fmt: skip
+    assert not (silent / "p0.txt").exists() and (silent / "p2.txt").read_text() == "picture number 2"
 
 
 def test_a_caption_in_the_list_counts(tmp_path):

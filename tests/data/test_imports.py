@@ -1,6 +1,7 @@
 """Features that PixArt's own scripts extracted, as both repositories write and name them."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -83,6 +84,61 @@ def test_each_bad_feature_is_listed_and_the_rest_is_taken(tmp_path):
     (latents / "c.npy").write_bytes(b"\x80\x04pickle")
     with pytest.raises(ValueError, match="no picture whose features can be used"):
         import_features(tmp_path / "data", tmp_path / "other")
+
+
+def flip_bytes(path):
+    data = bytearray(path.read_bytes())
+    for at in range(300, 340):
+        data[at] ^= 0x5A
+    path.write_bytes(data)
+
+
+def save_captions(path, features, mask=None):
+    np.savez_compressed(path, caption_feature=features, attention_mask=np.eye(1, 300) if mask is None else mask)
+
+
+def other(path, folder):
+    return path.parents[1] / FOLDERS["sigma"][folder]
+
+
+WORDS = np.array([["x"]])
+SPOILT = {
+    "flipped bytes": (1, flip_bytes, "cats_a.npz cannot be read"),
+    "words as latent": (0, lambda path: np.save(path, WORDS), "cats_a.npy cannot be read (it holds <U1 instead of num"),
+    "complex latent": (0, lambda path: np.save(path, np.zeros((8, 64, 64), complex)), "complex128 instead of numbers"),
+    "an archive as latent": (0, lambda path: shutil.copy(other(path, 1) / "c.npz", path), "cats_a.npy cannot be read"),
+    "an array as captions": (1, lambda path: shutil.copy(other(path, 0) / "c.npy", path), "cats_a.npz cannot be read"),
+    "words as mask": (1, lambda path: save_captions(path, np.ones((1, 300, 32)), WORDS), "cats_a.npz cannot be read"),
+    "scalar captions": (1, lambda path: save_captions(path, np.float32(1)), "no T5 feature: its shape is ()"),
+    "empty captions": (1, lambda path: save_captions(path, np.ones((1, 300, 0))), "its shape is (1, 300, 0)"),
+    "wider captions": (1, lambda path: save_captions(path, np.ones((1, 300, 64))), "width 32 and 64, but most"),
+    "narrow latent": (0, lambda path: np.save(path, np.zeros((4, 64, 64))), "it has 4 latent channels"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", SPOILT)
+def test_a_spoilt_feature_is_the_problem_of_its_picture_alone(tmp_path, fault):
+    folder, spoil, message = SPOILT[fault]
+    write_features(tmp_path / "data", "sigma")
+    spoil(tmp_path / "data" / FOLDERS["sigma"][folder] / ("cats_a.npz" if folder else "cats_a.npy"))
+    index, problems = import_features(tmp_path / "data", tmp_path / "cache")
+    assert [index.name(row) for row in range(len(index))] == ["cats/b.b.jpg", "c.png"]
+    assert [problem.name for problem in problems] == ["cats/a.png"] and message in problems[0].detail
+
+
+@pytest.mark.parametrize(("field", "value", "message"), [
+    ("height", [512], "its height in the list is [512] instead of a number of pixels"), ("width", "x", "'x' instead"),
+    ("height", -5, "is -5 instead"), ("width", 2**40, "instead of a number"), ("height", 1e999, "is inf instead"),
+    ("path", 5, "record 0, has 5 where text belongs"), ("path", "n" * 300, "nnn"), ("prompt", [1], "has [1]"),
+])  # fmt: skip
+def test_a_wrong_record_is_the_problem_of_its_picture_alone(tmp_path, field, value, message):
+    write_features(tmp_path / "data", "sigma")
+    records = json.loads((tmp_path / "data" / "data_info.json").read_text())
+    records[0][field] = value
+    (tmp_path / "data" / "data_info.json").write_text(json.dumps(records))
+    index, problems = import_features(tmp_path / "data", tmp_path / "cache")
+    assert [index.name(row) for row in range(len(index))] == ["cats/b.b.jpg", "c.png"]
+    assert len(problems) == 1 and message in problems[0].detail
 
 
 def test_names_that_the_extractor_cut_at_their_first_dot_are_not_mixed_up(tmp_path):

@@ -1,24 +1,19 @@
 """What a scan finds, and what it says about the rest."""
 
-import json
 import shutil
 
 import pytest
 from PIL import Image
 
-from pixart_nodes.data import manifest
+from pixart_nodes.data import memory
 from pixart_nodes.data.buckets import TABLES, merge_small
-from pixart_nodes.data.manifest import Memory, ScanOptions, scan, with_trigger
+from pixart_nodes.data.manifest import ScanOptions, scan, with_trigger
+from pixart_nodes.data.memory import Memory
 from pixart_nodes.data.pictures import load_pixels
-from pixart_nodes.data.sources import entries
 
-from .conftest import picture, write_pictures
+from .conftest import kinds, picture, write_pictures
 
 OPTIONS = ScanOptions(size="256")
-
-
-def kinds(manifest):
-    return {problem.name: problem.kind for problem in manifest.problems}
 
 
 def test_a_folder_gives_each_picture_its_caption_size_and_bucket(pictures):
@@ -33,8 +28,8 @@ def test_a_folder_gives_each_picture_its_caption_size_and_bucket(pictures):
 def test_every_kind_of_problem_is_listed_with_its_file_and_the_rest_is_usable(pictures):
     data = (pictures / "p0.png").read_bytes()
     (pictures / "torn.png").write_bytes(data[: len(data) // 2])
-    picture(50).save(pictures / "torn.jpg")
-    (pictures / "torn.jpg").write_bytes((pictures / "torn.jpg").read_bytes()[:-300])
+    picture(50).save(pictures / "cut.jpg")
+    (pictures / "cut.jpg").write_bytes((pictures / "cut.jpg").read_bytes()[:-300])
     (pictures / "text.jpg").write_text("no picture")
     (pictures / "empty.png").write_bytes(b"")
     (pictures / "phone.heic").write_bytes(b"....ftypheic")
@@ -45,11 +40,11 @@ def test_every_kind_of_problem_is_listed_with_its_file_and_the_rest_is_usable(pi
     frames[0].save(pictures / "moving.webp", save_all=True, append_images=frames[1:])
     picture(53).save(pictures / "latin.png")
     (pictures / "latin.txt").write_bytes("fée".encode("latin-1"))
-    for name in ("torn", "text", "empty", "small", "moving", "p1 copy"):
+    for name in ("torn", "cut", "text", "empty", "small", "moving", "p1 copy"):
         (pictures / f"{name}.txt").write_text("a caption")
     found = scan(pictures, OPTIONS)
     assert kinds(found) == {
-        "torn.png": "damaged", "torn.jpg": "damaged", "text.jpg": "damaged", "empty.png": "damaged",
+        "torn.png": "damaged", "cut.jpg": "damaged", "text.jpg": "damaged", "empty.png": "damaged",
         "moving.webp": "damaged", "phone.heic": "format", "p1.png": "duplicate", "small.png": "too small",
         "silent.png": "missing caption", "latin.png": "missing caption",
     }  # fmt: skip
@@ -58,57 +53,6 @@ def test_every_kind_of_problem_is_listed_with_its_file_and_the_rest_is_usable(pi
     assert "7 usable, 10 excluded" in summary
     assert "small.png: too small (96 x 96 px would be enlarged 2.7 times to 256 x 256)" in summary
     assert "animation" in summary and "UTF-8" in summary
-
-
-def test_names_with_several_dots_keep_their_own_captions(tmp_path):
-    for name in ("a.b", "a.c"):
-        picture(ord(name[-1])).save(tmp_path / f"{name}.png")
-        (tmp_path / f"{name}.txt").write_text(f"this is {name}")
-    assert {s.name: s.caption for s in scan(tmp_path, OPTIONS).samples} == {
-        "a.b.png": "this is a.b", "a.c.png": "this is a.c",
-    }  # fmt: skip
-
-
-def test_jsonl_and_data_info_give_both_captions_and_find_the_pictures(tmp_path):
-    write_pictures(tmp_path / "InternImgs" / "sub", [(256, 256)] * 2)
-    records = [{"path": f"sub/p{n}.png", "prompt": f"own {n}", "sharegpt4v": f"vlm {n}", "ratio": 1.0} for n in (0, 1)]
-    (tmp_path / "data_info.json").write_text(json.dumps(records))
-    for number in (0, 1):
-        (tmp_path / "InternImgs" / "sub" / f"p{number}.txt").unlink()
-    by_list = scan(tmp_path, OPTIONS)
-    assert [(s.caption, s.vlm_caption) for s in by_list.samples] == [("own 0", "vlm 0"), ("own 1", "vlm 1")]
-    lines = tmp_path / "InternImgs" / "list.jsonl"
-    lines.write_text("".join(json.dumps({"file_name": r["path"], "text": r["prompt"]}) + "\n" for r in records))
-    assert [s.caption for s in scan(lines, OPTIONS).samples] == ["own 0", "own 1"]
-
-
-def test_a_listed_picture_that_is_not_there_is_a_problem_and_no_error(tmp_path):
-    write_pictures(tmp_path, [(256, 256)])
-    (tmp_path / "metadata.jsonl").write_text('{"path": "p0.png", "prompt": "a"}\n{"path": "gone.png", "prompt": "b"}\n')
-    found = scan(tmp_path, OPTIONS)
-    assert kinds(found) == {"gone.png": "missing file"} and len(found.samples) == 1
-
-
-@pytest.mark.parametrize(("text", "message"), [
-    ('{"path": "a.png"\n', "list.jsonl, line 1, is no JSON"),
-    ('["a.png"]\n', "line 1, holds a list"),
-    ('{"prompt": "a fox"}\n', "line 1, has no path"),
-    ('{"path": "a.png", "prompt": 7}\n', "has 7 where text belongs"),
-])  # fmt: skip
-def test_an_unreadable_list_is_refused_with_the_place_of_the_mistake(tmp_path, text, message):
-    (tmp_path / "list.jsonl").write_text(text)
-    with pytest.raises(ValueError, match=message):
-        scan(tmp_path / "list.jsonl", OPTIONS)
-
-
-def test_a_place_without_pictures_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="holds no pictures"):
-        scan(tmp_path, OPTIONS)
-    with pytest.raises(FileNotFoundError, match="no data set at"):
-        scan(tmp_path / "nowhere", OPTIONS)
-    (tmp_path / "a.txt").write_text("a")
-    with pytest.raises(ValueError, match="is no data set"):
-        scan(tmp_path / "a.txt", OPTIONS)
 
 
 def test_wrong_options_are_named_all_at_once(pictures):
@@ -142,14 +86,23 @@ def test_control_images_lie_beside_or_in_a_folder_and_are_no_samples(tmp_path):
     assert kinds(found) == {"p2.png": "control"}
 
 
+def test_a_control_image_of_another_shape_than_its_picture_is_listed(tmp_path):
+    write_pictures(tmp_path, [(320, 256)] * 3)
+    for number, shape in enumerate([(160, 128), (330, 256), (256, 320)]):
+        picture(100 + number, *shape).save(tmp_path / f"p{number}.control.png")
+    found = scan(tmp_path, OPTIONS)
+    assert [sample.name for sample in found.samples] == ["p0.png", "p1.png"]
+    assert "p2.png: control (p2.control.png is 256 x 320 px, but the picture 320 x 256" in found.summary()
+
+
 def test_a_second_scan_opens_only_what_changed(pictures, tmp_path, monkeypatch):
-    memory = tmp_path / "memory.json"
-    first = scan(pictures, OPTIONS, Memory(memory))
+    file = tmp_path / "memory.json"
+    first = scan(pictures, OPTIONS, Memory(file))
     picture(99).save(pictures / "p0.png")
     opened = []
-    look = manifest.look
-    monkeypatch.setattr(manifest, "look", lambda data: opened.append(data) or look(data))
-    second = scan(pictures, OPTIONS, Memory(memory))
+    look = memory.look
+    monkeypatch.setattr(memory, "look", lambda data: opened.append(data) or look(data))
+    second = scan(pictures, OPTIONS, Memory(file))
     assert len(opened) == 1
     assert second.samples[0].digest != first.samples[0].digest and second.samples[1:] == first.samples[1:]
 
@@ -217,16 +170,29 @@ def test_held_out_pictures_are_the_same_after_others_are_added(tmp_path):
     assert 2 <= len(before) <= 20 and before == {name for name in after if int(name[1:-4]) < 40}
 
 
+@pytest.mark.parametrize("count, percent, expected", [
+    (49, -1, range(0, 1)), (50, -1, range(1, 6)), (3, 1, range(1, 2)), (1, 50, range(0, 1)), (60, 0, range(0, 1)),
+])  # fmt: skip
+def test_large_sets_keep_two_percent_for_validation_and_whoever_asks_gets_one_picture_at_least(
+    tmp_path, count, percent, expected
+):
+    write_pictures(tmp_path, [(256, 256)] * count)
+    samples = scan(tmp_path, ScanOptions(size="256", validation_percent=percent)).samples
+    assert sum(sample.role == "validation" for sample in samples) in expected and len(samples) == count
+
+
 def test_data_sets_of_different_sizes_are_not_joined(pictures):
     small, large = (scan(pictures, ScanOptions(size=size, max_enlargement=4)) for size in ("256", "512"))
-    assert len(small.joined(small).samples) == 14
     with pytest.raises(ValueError, match="same size"):
         small.joined(large)
 
 
-def test_hidden_files_and_vlm_captions_are_no_pictures(pictures):
-    (pictures / ".trash").mkdir()
-    picture(9).save(pictures / ".trash" / "x.png")
-    (pictures / "p0.vlm.txt").write_text("a dense\n caption")
-    listed = list(entries(pictures))
-    assert len(listed) == 7 and listed[0].vlm_caption == "a dense caption"
+@pytest.mark.parametrize("role", ["train", "validation", "prior"])
+def test_a_picture_of_two_joined_data_sets_comes_once_and_is_listed(tmp_path, role):
+    first = scan(write_pictures(tmp_path / "a", [(256, 256)] * 2), ScanOptions(size="256", repeats=3))
+    again = write_pictures(tmp_path / "b", [(256, 256)] * 2, start=1)
+    both = scan(again, ScanOptions(size="256", role=role)).joined(first)
+    assert [(s.name, s.role, s.repeats) for s in both.samples] == [
+        ("p0.png", "train", 3), ("p1.png", "train", 3), ("p2.png", role, 1),
+    ]  # fmt: skip
+    assert both.problems == (("p1.png", "duplicate", f"the same file as p1.png for train in {tmp_path / 'a'}"),)

@@ -1,11 +1,14 @@
 """Pictures become the pixels that PixArt's own loader makes of them."""
 
+import io
+
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torchvision.transforms import functional as T
 
-from pixart_nodes.data.pictures import contact_sheet, digest, fit, load_pixels, to_pixels
+from pixart_nodes.data.pictures import contact_sheet, decode, digest, fit, load_pixels, to_pixels
 
 from .conftest import picture
 
@@ -30,6 +33,32 @@ def test_scaling_and_cropping_is_the_originals(width, height):
 def test_pixels_lie_in_zero_to_one_with_channels_last():
     pixels = to_pixels(Image.new("RGB", (5, 3), (255, 0, 51)))
     assert pixels.shape == (3, 5, 3) and pixels[0, 0].tolist() == pytest.approx([1, 0, 0.2])
+
+
+def stored(values, kind: str) -> bytes:
+    data = io.BytesIO()
+    Image.fromarray(values).save(data, kind)
+    return data.getvalue()
+
+
+@pytest.mark.parametrize(("scale", "dtype", "kind"), [
+    (1, np.float32, "TIFF"), (65535, np.uint16, "TIFF"), (65535, np.uint16, "PNG"), (65535, np.uint16, "PPM"),
+])  # fmt: skip
+def test_grey_of_more_than_8_bit_keeps_its_range(scale, dtype, kind):
+    ramp = np.linspace(0, 1, 64 * 64).reshape(64, 64)
+    pixels = to_pixels(decode(stored((ramp * scale).astype(dtype), kind)))
+    assert (pixels - torch.from_numpy(ramp)[..., None]).abs().max() < 1.01 / 255
+
+
+@pytest.mark.parametrize(("values", "message"), [
+    (np.float32([[0, 200]]), "grey goes from 0 to 200 instead of 0 to 1: save it with 8 or 16 bit"),
+    (np.float32([[-1, 1]]), "grey goes from -1 to 1"),
+    (np.float32([[0, np.nan]]), "grey goes from nan to nan"),
+    (np.int32([[0, 2**31 - 1]]), "grey has 32 bit, or a sign: save it with 8 or 16 bit"),
+])  # fmt: skip
+def test_numbers_of_which_nobody_can_say_what_is_white_are_refused(values, message):
+    with pytest.raises(ValueError, match=message):
+        decode(stored(values, "TIFF"))
 
 
 def test_a_file_that_changed_or_went_is_named(tmp_path):
