@@ -96,8 +96,9 @@ def loop_inputs():
                "for LoRA and ControlNet: less memory. Needs bitsandbytes.", True),
         switch("gradient_checkpointing", True, "Computes blocks twice instead of keeping what they computed: a third "
                "slower, several times less memory.", True),
-        choice("optimizer", CHOICES["optimizer"], "adamw8bit and came take less memory; prodigy finds its own rate: "
-               "leave learning_rate at 0, or set it to 1.", True),
+        choice("optimizer", CHOICES["optimizer"], "auto: adamw8bit for a LoRA on a GPU and came for all weights, where "
+               "installed, else adamw. Those two take less memory. prodigy finds its own rate: leave learning_rate at "
+               "0, or set it to 1.", True),
         choice("lr_schedule", CHOICES["lr_schedule"], "How the learning rate goes on after the warm-up: as it is, or "
                "down to 0 at the last step.", True),
         whole("warmup_steps", -1, -1, 1_000_000, "Steps in which the learning rate rises from 0. -1: the recipe's "

@@ -5,13 +5,16 @@
     python -m pixart_nodes.training stop|pause|resume|save|sample RUN_FOLDER
     python -m pixart_nodes.training export RUN_FOLDER/checkpoints/step-000500
 
-The folder of run.json is the run's folder. Killed at any moment, the same command goes on from the last checkpoint.
-Exit status: 0 done, 3 stopped on command, 1 failed (status.json has the sentence).
+The folder of run.json is the run's folder, and may be given in its place. Killed at any moment, the same command goes
+on from the last checkpoint. Exit status: 0 done, 3 stopped on command, 1 failed (status.json has the sentence), 2 words
+that are no command.
 """
 
 import argparse
+import json
 import logging
 import os
+import shutil
 import signal
 import stat
 import sys
@@ -21,6 +24,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
+from ..data.processes import check_joined, leave
 from .run_dir import COMMANDS, Busy, RunFolder
 
 logger = logging.getLogger("pixart_nodes.training")
@@ -33,24 +37,27 @@ def parser() -> argparse.ArgumentParser:
     main = argparse.ArgumentParser(
         prog="pixart_nodes.training", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    main.add_argument("words", nargs="+", metavar="run.json | COMMAND FOLDER")
-    main.add_argument("--dry-run", action="store_true", help="two steps into the folder dry-run, and no result")
+    main.add_argument("words", nargs="+", metavar="run.json | COMMAND PATH")
+    main.add_argument("--dry-run", action="store_true", help="two steps in the folder dry-run, and no result")
     return main
 
 
 def make_accelerator(precision: str):
     import torch
     from accelerate import Accelerator
+    from accelerate.utils import GradientAccumulationPlugin
 
     from .sharding import hidden_from_accelerate
 
-    launched = int(os.environ.get("WORLD_SIZE", 1))
     mixed = "no" if precision == "fp32" else precision
     # accelerate joins processes on CPUs only when it is told that there is nothing else.
     with hidden_from_accelerate():
-        accelerator = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision=mixed)
-    if accelerator.num_processes != launched:
-        raise ValueError(f"{launched} processes were launched, but accelerate joined {accelerator.num_processes}.")
+        accelerator = Accelerator(
+            cpu=not torch.accelerator.is_available(), mixed_precision=mixed,
+            # the trainer's own loop accumulates, so accelerate shall not, whatever the environment says
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        )  # fmt: skip
+    check_joined(accelerator)
     return accelerator
 
 
@@ -107,52 +114,96 @@ def stoppable(trainer):
             signal.signal(number, handler)
 
 
+def run_folder(path: Path) -> RunFolder:
+    """The run of a run.json, or of its folder. Raises ValueError or FileNotFoundError for any other path."""
+    if not path.exists():
+        raise FileNotFoundError(f"There is no {path}: give a run.json, or the folder that it is in.")
+    if path.is_file() and path.name != "run.json":
+        raise ValueError(f"{path} is no run.json: a run's settings have that name, and what it writes is beside them. "
+                         "Give this file that name, in a folder of its own.")  # fmt: skip
+    folder = RunFolder(path if path.is_dir() else path.parent)
+    if not (folder.path / "run.json").is_file():
+        raise FileNotFoundError(f"{folder.path} is no run: it has no run.json.")
+    return folder
+
+
 def train(path: Path, dry_run: bool = False) -> int:
     """Runs the run.json at `path`, unless another process does; the exit status."""
-    folder = RunFolder(path.parent)
     is_main = os.environ.get("RANK", "0") == "0"
     try:
+        folder = run_folder(path)
         with folder.claimed() if is_main else nullcontext():
             return run(folder, is_main, dry_run)
-    except Busy as error:
-        logger.error("%s", error)
+    except (Busy, ValueError, OSError) as error:
+        logger.error("%s", sentence_of(error, path))
         return FAILED
 
 
+def asked_at(folder: RunFolder) -> float:
+    """When this run was asked for: now, or when the launcher that has noted itself in the status started it."""
+    import psutil
+
+    status = folder.status()
+    launchers = {process.pid for process in psutil.Process().parents()}
+    return status.get("started", 0) if status.get("pid") in launchers else time.time()
+
+
+def forget_old_commands(folder: RunFolder):
+    """Deletes what was meant for an earlier run; a command to this one may come before its trainer is ready."""
+    asked = asked_at(folder)
+    for path, _ in folder.waiting():
+        if path.stat().st_mtime < asked:
+            path.unlink()
+
+
 def run(folder: RunFolder, is_main: bool, dry_run: bool) -> int:
-    if is_main:
-        folder.write_status(state="starting", pid=os.getpid(), started=time.time(), error=None, output=None)
-    trainer = None
+    goal, trainer = RunFolder(folder.path / "dry-run") if dry_run else folder, None
     try:
+        if is_main:
+            if dry_run and goal.path.exists():
+                shutil.rmtree(goal.path)
+            forget_old_commands(goal)
+            goal.write_status(state="starting", pid=os.getpid(), started=time.time(), error=None, output=None)
         config = folder.config()
         if problems := config.check():
             raise ValueError(" ".join(problems))
-        from .trainer import Trainer, precision_of
+        from .inspection import output_problems
+        from .start import precision_of
+        from .trainer import Trainer
 
-        goal = folder
+        if is_main and (problems := output_problems(config)):  # now, not behind the last step
+            raise ValueError(" ".join(problems))
         if dry_run:
             config = replace(config, steps=2, warmup_steps=0, sample_every=0)
-            goal = RunFolder(folder.path / "dry-run")
         trainer = Trainer(config, goal, make_accelerator(precision_of(config)))
         with stoppable(trainer):
             state = trainer.run()
             output = trainer.export() if state == "done" and not dry_run else None
     except Exception as error:  # whatever it is: the monitor and the exit status say so, the log has the traceback
-        sentence = trainer.sentence(error) if trainer else str(error) or repr(error)
+        sentence = sentence_of(error, goal.path, trainer)
         logger.exception("%s", sentence)
         if is_main:
-            record_end(folder, "failed", sentence=sentence)
+            record_end(goal, "failed", sentence=sentence)
         return FAILED
     if is_main:
-        record_end(folder, state, output=str(output) if output else None)
+        record_end(goal, state, output=str(output) if output else None)
     trainer.accelerator.end_training()
     return DONE if state == "done" else STOPPED
+
+
+def sentence_of(error: BaseException, folder: Path, trainer=None) -> str:
+    """What went wrong, and what to do. folder: that was written to when nothing says otherwise."""
+    from .failures import disk_full, is_disk_full
+
+    if is_disk_full(error):
+        return disk_full(error, folder)
+    return trainer.sentence(error) if trainer else str(error) or repr(error)
 
 
 def record_end(folder: RunFolder, state: str, sentence: str | None = None, output: str | None = None):
     """The last words of a run; a disk that is full must not hide why it ended."""
     try:
-        folder.write_status(state=state, error=sentence, output=output)
+        write_last_status(folder, state=state, error=sentence, output=output)
         if sentence:
             folder.add_event("error", text=sentence)
         folder.add_event("end", state=state)
@@ -160,9 +211,21 @@ def record_end(folder: RunFolder, state: str, sentence: str | None = None, outpu
         logger.error("%s cannot be written: %s", folder.path, error)
 
 
+def write_last_status(folder: RunFolder, **fields):
+    """Over the old one, which has its place on the disk, when there is no room for another."""
+    try:
+        folder.write_status(**fields)
+    except OSError:
+        content = json.dumps({**folder.status(), **fields}, indent=2)
+        with (folder.path / "status.json").open("r+", encoding="utf-8") as file:
+            file.write(content)
+            file.truncate()
+
+
 def export(checkpoint: Path) -> int:
     """Writes what a run had at one of its checkpoints, with the checkpoint's name behind that of the run's result."""
-    from .trainer import Trainer, precision_of
+    from .start import precision_of
+    from .trainer import Trainer
 
     folder = RunFolder(checkpoint.parents[1])
     try:
@@ -180,68 +243,44 @@ def export(checkpoint: Path) -> int:
 
 def check(path: Path) -> int:
     """Lists every problem, of the config and of what it points at; without one, what the run will take."""
+    plan = ""
     try:
-        config = RunFolder(path.parent).config()
-        problems = config.check()
+        folder = run_folder(path)
+        from .inspection import inspect
+
+        problems, plan = inspect(folder)
     except (ValueError, OSError) as error:
         problems = [str(error)]
-    if not problems:
-        problems, plan = look_closer(config)
     sys.stdout.write("\n".join(problems or [plan]) + "\n")
     return FAILED if problems else DONE
 
 
-def look_closer(config) -> tuple[list[str], str]:
-    """(problems, plan) of a config whose values are right."""
-    from ..checkpoints import load_weights
-    from ..data.dataset import Batches
-    from .estimate import report
-    from .recipes import RECIPES
-    from .trainer import EMA_CHOICE, open_cache
-
-    index = found = None
-    problems = []
+def send(command: str, path: Path) -> int:
+    """Leaves a command for the trainer of a run."""
     try:
-        index = open_cache(config.cache)
+        run_folder(path).send(command)
     except (ValueError, OSError) as error:
-        problems.append(str(error))
-    family = None if config.base.family == "auto" else config.base.family
-    try:
-        choice = EMA_CHOICE[config.base.weights]
-        found = load_weights(config.base.path, family=family, base_size=config.base.base_size, ema=choice)[1]
-    except (ValueError, OSError) as error:
-        problems.append(str(error))
-    if problems:
-        return problems, ""
-    problems = RECIPES[config.recipe].problems(config, index, found.params)
-    try:
-        wanted = "sigma" if config.recipe == "weak-to-strong" else found.family
-        batches = Batches(index, wanted, config.batch_size, caption_dim=found.params.caption_channels)
-    except ValueError as error:
-        return [*problems, str(error)], ""
-    pixels = max(bucket.width * bucket.height for bucket in index.buckets)
-    updates = f"{config.steps} updates of {config.batch_size * config.gradient_accumulation_steps} pictures per process"
-    rate = f"learning rate {config.learning_rate:g}"
-    return problems, "\n".join((batches.summary(), f"{updates}, {rate}", report(config, found.params, pixels)))
-
-
-def main(words=None) -> int:
-    arguments = parser().parse_args(words)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
-    command, *rest = arguments.words
-    if not rest:
-        return train(Path(command).absolute(), arguments.dry_run)
-    if command == "check":
-        return check(Path(rest[0]).absolute())
-    if command == "export":
-        return export(Path(rest[0]).absolute())
-    if command not in COMMANDS or not Path(rest[0], "run.json").is_file():
-        logger.error("%s %s: the commands are check run.json, export CHECKPOINT, and %s RUN_FOLDER.", command, rest[0],
-                     ", ".join(COMMANDS))  # fmt: skip
+        logger.error("%s", sentence_of(error, path))
         return FAILED
-    RunFolder(rest[0]).send(command)
     return DONE
 
 
+def main(words=None) -> int:
+    usage = parser()
+    arguments = usage.parse_args(words)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
+    command, *paths = arguments.words
+    is_command = command in ("check", "export", *COMMANDS)
+    if len(paths) != is_command or is_command and arguments.dry_run:
+        usage.error(f"{' '.join(arguments.words)}: give a run.json, with or without --dry-run, or a path behind one of "
+                    f"check, export, {', '.join(COMMANDS)}.")  # fmt: skip
+    path = Path(paths[0] if is_command else command).absolute()
+    if not is_command:
+        return train(path, arguments.dry_run)
+    if command == "check":
+        return check(path)
+    return export(path) if command == "export" else send(command, path)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main(), FAILED)

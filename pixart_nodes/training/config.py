@@ -50,7 +50,7 @@ class TrainConfig:
 
 RECIPES = ("lora", "dreambooth", "lcm-lora", "lcm", "controlnet", "full", "weak-to-strong")
 ADAPTERS = ("lora", "dreambooth", "lcm-lora")  # train a LoRA beside frozen weights
-RUN_OPTIMIZERS = ("adamw", "adamw8bit", "came", "prodigy")
+RUN_OPTIMIZERS = ("auto", "adamw", "adamw8bit", "came", "prodigy")
 CHOICES = {
     "recipe": RECIPES, "optimizer": RUN_OPTIMIZERS, "lr_schedule": ("constant", "cosine", "linear"),
     "precision": ("auto", "fp32", "bf16", "fp16"), "base_quantization": ("none", "int8", "nf4"),
@@ -60,11 +60,15 @@ CHOICES = {
 POSITIVE = (
     "steps", "batch_size", "gradient_accumulation_steps", "learning_rate", "max_grad_norm", "save_every", "keep",
     "rank", "alpha", "lcm.num_ddim_timesteps", "lcm.huber_c", "lcm.guidance", "controlnet.blocks",
-    "weak_to_strong.caption_tokens", "weak_to_strong.kv_scale_factor",
+    "weak_to_strong.caption_tokens",
 )  # fmt: skip
-NOT_NEGATIVE = ("warmup_steps", "weight_decay", "prior_loss_weight", "sample_every", "validate_every", "seed")
-OPTIONAL = ("min_snr_gamma", "base.base_size", "weak_to_strong.base_size", "weak_to_strong.pe_interpolation")
+NOT_NEGATIVE = ("warmup_steps", "weight_decay", "prior_loss_weight", "sample_every", "validate_every")
+OPTIONAL = ("min_snr_gamma", "weak_to_strong.pe_interpolation")
+OPTIONAL_SIZES = ("base.base_size", "weak_to_strong.base_size")
 PRODIGY_LOWEST = 0.01
+SMALLEST_SIZE = 16  # pixels of a token
+LONGEST_NAME = 200  # bytes; file systems allow 255, with all that is put around a name
+LARGEST_SEED = 2**63 - 1
 SHARES = ("caption_dropout", "ema_decay", "lcm.ema_decay")
 
 
@@ -129,7 +133,7 @@ class RunConfig:
     learning_rate: float = 1e-4
     warmup_steps: int = 100
     lr_schedule: str = "constant"
-    optimizer: str = "adamw"
+    optimizer: str = "auto"  # see optimizers.chosen
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
     seed: int = 42
@@ -157,11 +161,9 @@ class RunConfig:
     @classmethod
     def from_dict(cls, given: dict) -> "RunConfig":
         """A config from JSON; what is not said is the recipe's default. Raises ValueError with all wrong keys."""
-        problems = wrong_keys(cls, given)
-        if not problems and given.get("version", 1) != 1:
-            problems.append(f"version is {given['version']}; this pack reads version 1.")
-        if problems:
+        if problems := wrong_keys(cls, given):
             raise ValueError(" ".join(problems))
+        given = with_whole_numbers(cls, given)
         chosen = defaults(str(given.get("recipe", cls.recipe)))
         if given.get("optimizer") == "prodigy":
             chosen["learning_rate"] = 1.0  # a factor of the rate that it finds
@@ -187,20 +189,20 @@ class RunConfig:
 
     def check(self) -> list[str]:
         """Everything that is wrong with the values, one sentence each; empty if nothing is."""
-        problems = [
-            f"{name} is {self.value(name)!r}; it must be one of {', '.join(choices)}."
-            for name, choices in CHOICES.items() if self.value(name) not in choices
-        ]  # fmt: skip
-        problems += self.check_numbers() + check_types(self, DEFAULT)
+        problems = list(self.wrong_values().values())
         for name in ("base.path", "cache", "output.name", "output.folder"):
             if not self.value(name):
                 problems.append(f"{name} is empty; it must be given.")
+        if len(str(self.output.name).encode()) > LONGEST_NAME:
+            problems.append(f"output.name is longer than {LONGEST_NAME} bytes, too long for a file name: shorten it.")
         if any(mark in str(self.output.name) for mark in '/\\:*?"<>|') or str(self.output.name).startswith("."):
             problems.append(f"output.name {self.output.name!r} is no file name; use letters, digits, - and _.")
         adapter = self.recipe in ADAPTERS
         if self.base_quantization != "none" and not (adapter or self.recipe == "controlnet"):
             problems.append(f"base_quantization {self.base_quantization} needs frozen weights, but {self.recipe} "
                             "trains all of them: set it to none.")  # fmt: skip
+        if self.dora and self.base_quantization == "int8" and adapter:
+            problems.append("dora does not work with base_quantization int8: set it to nf4 or none.")
         if self.optimizer == "prodigy" and self.learning_rate < PRODIGY_LOWEST:
             problems.append(f"learning_rate is {self.learning_rate!r}, but prodigy finds the rate and multiplies it "
                             "with this: set it to 1.")  # fmt: skip
@@ -210,20 +212,30 @@ class RunConfig:
             problems.append("output.export diffusers cannot hold KV compression: set it to native.")
         return problems
 
-    def check_numbers(self) -> list[str]:
-        problems = []
+    def wrong_values(self) -> dict[str, str]:
+        """A sentence for each field that cannot have its value, whatever the others are."""
+        choices = {
+            name: f"{name} is {self.value(name)!r}; it must be one of {', '.join(choices)}."
+            for name, choices in CHOICES.items() if self.value(name) not in choices
+        }  # fmt: skip
+        return choices | self.wrong_numbers() | wrong_types(self, DEFAULT)
+
+    def wrong_numbers(self) -> dict[str, str]:
+        problems = {}
         limits = [(POSITIVE, "above 0", lambda x: x > 0), (NOT_NEGATIVE, "at least 0", lambda x: x >= 0),
+                  (("seed",), "within 0..2^63 - 1", lambda x: 0 <= x <= LARGEST_SEED),
+                  (("weak_to_strong.kv_scale_factor",), "at least 2", lambda x: x >= 2),
                   (SHARES, "within 0..1, 1 excluded", lambda x: 0 <= x < 1),
-                  (OPTIONAL, "above 0, or null", lambda x: x is None or x > 0)]  # fmt: skip
+                  (OPTIONAL, "above 0, or null", lambda x: x is None or x > 0),
+                  (OPTIONAL_SIZES, f"at least {SMALLEST_SIZE}, or null", lambda x: x is None or x >= SMALLEST_SIZE),
+                  ]  # fmt: skip
         for names, what, good in limits:
             for name in names:
                 value, expected = self.value(name), DEFAULT.value(name)
-                number = isinstance(value, (int, float)) and not isinstance(value, bool) or value is None is expected
-                if number and isinstance(expected, int):
-                    number = value == int(value) if value is not None and math.isfinite(value) else False
-                if not number or value is not None and not math.isfinite(value) or not good(value):
-                    kind = "a whole number " if isinstance(expected, int) else ""
-                    problems.append(f"{name} is {value!r}; it must be {kind}{what}.")
+                whole = isinstance(expected, int) or name in OPTIONAL_SIZES
+                number = type(value) is int or not whole and type(value) is float and math.isfinite(value)
+                if not (number or value is None is expected) or not good(value):
+                    problems[name] = f"{name} is {value!r}; it must be {'a whole number ' if whole else ''}{what}."
         return problems
 
 
@@ -254,26 +266,39 @@ def defaults(recipe: str) -> dict:
     return dict(_DEFAULTS.get(recipe, {}))
 
 
-def check_types(given, expected, where: str = "") -> list[str]:
+def wrong_types(given, expected, where: str = "") -> dict[str, str]:
     """A sentence for each text or switch that is something else; choices and numbers are looked at elsewhere."""
-    problems = []
+    problems = {}
     for entry in fields(expected):
         name, value, like = where + entry.name, getattr(given, entry.name), getattr(expected, entry.name)
         if is_dataclass(like):
-            problems += check_types(value, like, f"{name}.")
+            problems |= wrong_types(value, like, f"{name}.")
         elif isinstance(like, bool) and not isinstance(value, bool):
-            problems.append(f"{name} is {value!r}; it must be true or false.")
+            problems[name] = f"{name} is {value!r}; it must be true or false."
         elif isinstance(like, str) and name not in CHOICES and not isinstance(value, str):
-            problems.append(f"{name} is {value!r}; it must be text.")
+            problems[name] = f"{name} is {value!r}; it must be text."
         elif isinstance(like, tuple) and not (isinstance(value, tuple) and all(type(i) is int for i in value)):
-            problems.append(f"{name} is {value!r}; it must be a list of whole numbers.")
+            problems[name] = f"{name} is {value!r}; it must be a list of whole numbers."
     return problems
+
+
+def with_whole_numbers(kind, given: dict) -> dict:
+    """`given` with 2 for 2.0 where a dataclass has whole numbers: some programs write every number like that."""
+    types = {entry.name: entry.type for entry in fields(kind)}
+
+    def tidy(name, value):
+        if kind is RunConfig and name in GROUPS:
+            return with_whole_numbers(GROUPS[name], value)
+        is_whole = types[name] in (int, int | None) and isinstance(value, float) and value.is_integer()
+        return int(value) if is_whole else value
+
+    return {name: tidy(name, value) for name, value in given.items()}
 
 
 def wrong_keys(kind, given, where: str = "") -> list[str]:
     """A sentence for each key that a dataclass does not have, naming the nearest one that it has."""
     if not isinstance(given, dict):
-        return [f"{where or 'run.json'} is {given!r}; it must be an object."]
+        return [f"{where.rstrip('.') or 'run.json'} is {given!r}; it must be an object."]
     known, problems = [f.name for f in fields(kind)], []
     for name, value in given.items():
         if name not in known:
@@ -281,4 +306,6 @@ def wrong_keys(kind, given, where: str = "") -> list[str]:
             problems.append(f"There is no {where}{name}" + (f"; did you mean {where}{near[0]}?" if near else "."))
         elif kind is RunConfig and name in GROUPS:
             problems += wrong_keys(GROUPS[name], value, f"{name}.")
+        elif kind is RunConfig and name == "version" and value != RunConfig.version:
+            problems.append(f"version is {value!r}; this pack reads version {RunConfig.version}.")
     return problems

@@ -1,5 +1,8 @@
 """What goes wrong while training, as a sentence with a remedy."""
 
+import errno
+from pathlib import Path
+
 import torch
 
 from .config import RunConfig
@@ -13,11 +16,26 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or "can't allocate memory" in str(error)
 
 
+def is_disk_full(error: BaseException) -> bool:
+    """Of the system's own errors; one that says what was written has a sentence already."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def disk_full(error: OSError, folder: Path) -> str:
+    """folder: what was written to, where the error does not say."""
+    place = Path(error.filename).parent if isinstance(error.filename, str) else folder
+    return (
+        f"The disk of {place} is full ({error.strerror}). Free some space there, then run again: the run goes on from "
+        "its last checkpoint."
+    )
+
+
 def broke_down(error: NotFinite, step: int, names: set[str]) -> str:
     """names: of the pictures of that step."""
     return (
-        f"Training broke down at step {step} ({error}) with the pictures {', '.join(sorted(names)[:8])}. The last "
-        "checkpoint is good. Try a lower learning rate, precision fp32, or leave these pictures out."
+        f"Training broke down at step {step} ({error}) with the pictures {', '.join(sorted(names)[:8])}. Try a lower "
+        "learning rate or precision fp32; or leave these pictures out, in a new run. If it breaks down again at once, "
+        "the last checkpoint has gone astray too: delete it to go on from an older one, or begin a new run."
     )
 
 

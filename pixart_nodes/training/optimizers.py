@@ -1,7 +1,11 @@
 """Optimizers by name. AdamW is torch's; Muon learns a small transformer from scratch in about half the steps."""
 
+from importlib.util import find_spec
+
 import torch
 from torch import Tensor
+
+from .config import RunConfig
 
 
 @torch.no_grad()
@@ -76,6 +80,17 @@ def make_optimizer(name: str, model, lr: float, weight_decay: float) -> torch.op
     if name == "muon":
         return Muon(model, lr, weight_decay)
     return torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay, betas=(0.9, 0.99))
+
+
+def chosen(config: RunConfig, sharded: bool = False) -> str:
+    """ "auto" made concrete for this machine: 8-bit AdamW for a LoRA on a GPU, CAME for all weights as PixArt-sigma's
+    configs have it, where their packages are installed; else, and with FSDP, AdamW."""
+    if config.optimizer != "auto":
+        return config.optimizer
+    if config.recipe == "lora" and torch.cuda.is_available() and find_spec("bitsandbytes") and not sharded:
+        return "adamw8bit"
+    every = config.recipe in ("full", "weak-to-strong")
+    return "came" if every and find_spec("came_pytorch") and not sharded else "adamw"
 
 
 def run_optimizer(name: str, parameters: list, lr: float, weight_decay: float) -> torch.optim.Optimizer:

@@ -6,15 +6,21 @@ from torch import nn
 SMALLEST = 1024  # weights of a layer; smaller ones are not worth it
 
 
+def library(kind: str):
+    """bitsandbytes. Raises ValueError when it is not installed."""
+    try:
+        import bitsandbytes
+    except ImportError as error:
+        raise ValueError(f"base_quantization {kind} needs bitsandbytes: install it, or set it to none.") from error
+    return bitsandbytes
+
+
 def quantise_frozen(model: nn.Module, kind: str, device, dtype: torch.dtype):
     """Replaces the Linear layers of the blocks by bitsandbytes' ones, in place; kind is "int8" or "nf4".
 
     Raises ValueError when bitsandbytes is not installed.
     """
-    try:
-        import bitsandbytes as bnb
-    except ImportError as error:
-        raise ValueError(f"base_quantization {kind} needs bitsandbytes: install it, or set it to none.") from error
+    bnb = library(kind)
     for name, module in list(model.blocks.named_modules()):
         if not isinstance(module, nn.Linear) or module.weight.numel() < SMALLEST:
             continue

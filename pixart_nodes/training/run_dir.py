@@ -21,6 +21,7 @@ from .config import RunConfig
 COMMANDS = ("pause", "resume", "sample", "save", "stop")
 STATES = ("starting", "running", "paused", "stopping", "done", "stopped", "failed")
 COMPLETE = "complete"  # written last: the sizes and checksums of a checkpoint's files
+REPLACED = ".replaced"  # of a checkpoint's folder, while a new one of the same step takes its place
 VALIDATION = "validation.json"  # in a checkpoint whose validation loss was measured
 
 
@@ -28,11 +29,14 @@ def write_json(path: Path, content: dict):
     """Replaces `path`, all or nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(content, file, indent=2)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            json.dump(content, file, indent=2)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 class Busy(RuntimeError):
@@ -60,9 +64,13 @@ class RunFolder:
         write_json(self.path / "run.json", config.to_dict())
 
     def status(self) -> dict:
-        """The last status, or an empty one before the trainer has started."""
+        """The last status; an empty one before the trainer has started, or where the file holds none."""
         path = self.path / "status.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError):
+            return {}
+        return content if isinstance(content, dict) else {}
 
     def write_status(self, **fields):
         """Changes these fields of the status."""
@@ -85,7 +93,7 @@ class RunFolder:
     def waiting(self) -> list[tuple[Path, str]]:
         """Commands that are not done, oldest first; a file that is none has the command ""."""
         found = []
-        for path in sorted(self.commands.glob("*.json")):
+        for path in sorted(path for path in self.commands.glob("*.json") if path.is_file()):
             try:
                 content = json.loads(path.read_text(encoding="utf-8"))
             except ValueError:
@@ -105,16 +113,22 @@ class RunFolder:
 
     @contextmanager
     def new_checkpoint(self, step: int) -> Iterator[Path]:
-        """Yields an empty folder to fill; afterwards it is checkpoints/step-<step>, complete, or nothing at all."""
+        """Yields an empty folder to fill; afterwards it is checkpoints/step-<step>, complete, or nothing at all.
+
+        A whole checkpoint of this step that is there already is never removed before the new one has its place.
+        """
         final, temporary = self.checkpoints / f"step-{step:06}", self.checkpoints / f".step-{step:06}.tmp"
+        replaced = self.checkpoints / f"step-{step:06}{REPLACED}"
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         try:
             yield temporary
             write_json(temporary / COMPLETE, {path.name: fingerprint(path) for path in sorted(temporary.iterdir())})
             if final.exists():  # the same step once more, or a damaged one
-                shutil.rmtree(final)
+                shutil.rmtree(replaced, ignore_errors=True)
+                os.replace(final, replaced)
             os.replace(temporary, final)
+            shutil.rmtree(replaced, ignore_errors=True)
         except OSError as error:
             raise OSError(f"Cannot write the checkpoint {final}: {error}. Free some space, then run again.") from error
         finally:
@@ -126,7 +140,7 @@ class RunFolder:
 
     def listed(self) -> list[Path]:
         """Checkpoints by step, whole or not."""
-        return sorted(self.checkpoints.glob("step-*"), key=step_of)
+        return sorted(self.checkpoints.glob("step-*"), key=lambda path: (step_of(path), path.suffix != REPLACED))
 
     def prune(self, keep: int, step: int):
         """Keeps the checkpoint of `step` and the ones before, `keep` in all, and the one with the lowest validation
@@ -134,10 +148,12 @@ class RunFolder:
 
         Later ones are damaged: the run has gone back behind them.
         """
-        valid = [path for path in self.listed() if step_of(path) <= step]
+        found = self.listed()
+        valid = [path for path in found if step_of(path) <= step and not (
+            path.suffix == REPLACED and path.with_suffix("") in found)]  # fmt: skip
         measured = [path for path in valid if validation_loss(path) < math.inf]
         kept = [*valid[-keep:], min(measured, key=validation_loss, default=None)]
-        for path in self.listed():
+        for path in found:
             if path not in kept:
                 shutil.rmtree(path)
         for path in self.checkpoints.glob(".step-*.tmp"):
@@ -170,7 +186,7 @@ def validation_loss(checkpoint: Path) -> float:
 
 def step_of(checkpoint: Path) -> int:
     """-1 for a folder that is none."""
-    digits = checkpoint.name.removeprefix("step-")
+    digits = checkpoint.name.removeprefix("step-").removesuffix(REPLACED)
     return int(digits) if digits.isdigit() else -1
 
 

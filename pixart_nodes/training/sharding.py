@@ -29,8 +29,8 @@ def hidden_from_accelerate():
             os.environ[SWITCH] = wish
 
 
-def is_wanted(accelerator) -> bool:
-    return os.environ.get(SWITCH, "").lower() == "true" and accelerator.num_processes > 1
+def is_wanted(processes: int) -> bool:
+    return os.environ.get(SWITCH, "").lower() == "true" and processes > 1
 
 
 def problems(config, precision: str) -> list[str]:
@@ -40,7 +40,7 @@ def problems(config, precision: str) -> list[str]:
         from torch.distributed.fsdp import fully_shard  # noqa: F401
     except ImportError:
         found.append(f"FSDP needs PyTorch 2.6 or newer; this is {torch.__version__}.")
-    if config.optimizer != "adamw":
+    if config.optimizer not in ("auto", "adamw"):
         found.append(f"optimizer {config.optimizer} does not work with FSDP: take adamw.")
     if config.base_quantization != "none":
         found.append("base_quantization does not work with FSDP: take none.")

@@ -8,64 +8,35 @@ import logging
 import math
 import time
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import psutil
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from torch.utils.checkpoint import checkpoint
 
-from ..checkpoints import load_transformer
 from ..data.dataset import Batches
-from ..data.index import Index
 from ..model.transformer import PixArtBlock
 from . import sharding
 from .config import RunConfig
 from .ema import EMA
 from .failures import NotFinite, broke_down, is_out_of_memory, out_of_memory
-from .optimizers import run_optimizer
+from .inspection import fit_problems
+from .optimizers import chosen, run_optimizer
 from .preview import draw_samples, make_painter
-from .recipes import RECIPES, Draws, Start
+from .recipes import RECIPES, Draws
 from .recipes.base import on_device
 from .run_dir import RunFolder
 from .snapshot import load_snapshot, save_snapshot, snapshot_of
+from .start import DTYPES, load_start, open_cache, precision_of
 from .validation import Validation, has_validation
 
 logger = logging.getLogger(__name__)
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-EMA_CHOICE = {"auto": None, "ema": True, "raw": False}
 POLL = 0.5  # seconds between looks for commands while paused
-
-
-def precision_of(config: RunConfig) -> str:
-    """ "auto" made concrete for this machine."""
-    if config.precision != "auto":
-        return config.precision
-    return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"
-
-
-def open_cache(path) -> Index:
-    """The training set of a file, or of a feature cache's folder that has exactly one."""
-    path = Path(path)
-    if path.is_dir():
-        found = sorted(path.glob("sets/*.safetensors"))
-        if len(found) != 1:
-            names = ", ".join(file.name for file in found) or "none"
-            raise ValueError(f"cache {path} must have one training set in its folder sets, but has {names}: name one.")
-        path = found[0]
-    return Index(path)
-
-
-def load_start(config: RunConfig, device, dtype) -> Start:
-    base = config.base
-    family = None if base.family == "auto" else base.family
-    model, found = load_transformer(
-        base.path, family=family, base_size=base.base_size, ema=EMA_CHOICE[base.weights], dtype=torch.float32
-    )
-    return Start(model, found.family, dtype, device)
 
 
 def learning_rate(config: RunConfig, step: int) -> float:
@@ -92,21 +63,24 @@ class Trainer:
     """
 
     def __init__(self, config: RunConfig, folder: RunFolder, accelerator: Accelerator, checkpoint: Path | None = None):
+        self.sharded = sharding.is_wanted(accelerator.num_processes)
+        config = replace(config, optimizer=chosen(config, self.sharded))
         self.config, self.folder, self.accelerator = config, folder, accelerator
         self.main, self.device = accelerator.is_main_process, accelerator.device
         rank, world = accelerator.process_index, accelerator.num_processes
-        self.index, kind = open_cache(config.cache), RECIPES[config.recipe]
+        self.index = open_cache(config.cache)
         start = load_start(config, self.device, DTYPES[precision_of(config)])
-        self.sharded, problems = sharding.is_wanted(accelerator), kind.problems(config, self.index, start.params)
+        problems = fit_problems(config, self.index, start)
         if self.sharded:
             problems += sharding.problems(config, precision_of(config))
         if problems:
             raise ValueError(" ".join(problems))
-        self.recipe = recipe = kind(config, start)
+        self.recipe = recipe = RECIPES[config.recipe](config, start)
         self.batches = Batches(
             self.index, start.family, config.batch_size, rank=rank, world=world, seed=config.seed,
             caption_dim=start.params.caption_channels,
         )  # fmt: skip
+        recipe.take_null_caption(self.index)
         recipe.open_data(self.index, config.batch_size, rank, world)
         measured = config.validate_every and has_validation(self.index)
         self.validation = Validation(recipe, self.index, rank, world) if measured else None
@@ -121,6 +95,9 @@ class Trainer:
         self.ema = EMA(recipe.network, config.ema_decay) if config.ema_decay else None
         parts = (recipe, optimizer, self.ema, self.batches, accelerator.scaler)
         self.step = load_snapshot(folder, *parts, path=checkpoint)
+        if len(steps := set(self.gathered(self.step))) > 1:
+            raise ValueError(f"The processes see checkpoints of different steps {sorted(steps)}: the run's folder must "
+                             "be on a disk that all machines share.")  # fmt: skip
         if self.sharded:
             optimizer = sharding.shard(recipe, optimizer, self.ema, make_optimizer)
             self.network, self.optimizer = recipe.network, accelerator.prepare(optimizer)
@@ -248,6 +225,10 @@ class Trainer:
             if not paused:
                 return False
             time.sleep(POLL)
+
+    def gathered(self, value) -> list:
+        """The values of all processes."""
+        return gather_object([value]) if self.accelerator.num_processes > 1 else [value]
 
     def shared(self, value):
         """The main process's value, in all processes."""

@@ -38,8 +38,8 @@ def write_base(path, params=PARAMS, family="alpha"):
     return path
 
 
-def write_cache(root, family="alpha", roles=("train", "train", "prior"), control=True):
-    """root/sets/<one file>; pictures 0, 1, ... of the given roles."""
+def write_cache(root, family="alpha", roles=("train", "train", "prior"), control=True, null=False):
+    """root/sets/<one file>; pictures 0, 1, ... of the given roles; Sigma's always with a null caption."""
     latents, captions = Store(root / "latents" / "vae"), Store(root / "captions" / "t5")
     with latents, captions:
         for i in range(len(roles)):
@@ -57,7 +57,7 @@ def write_cache(root, family="alpha", roles=("train", "train", "prior"), control
     return build(
         root, rows, family=family, size="64", vae_id="vae", t5_id="t5", source="pictures",
         token_limit={"alpha": 120, "sigma": 300}[family],
-        null_caption=captions.places["null"] if family == "sigma" else None,
+        null_caption=captions.places["null"] if null or family == "sigma" else None,
         prompts=[("a picture", captions.places["caption 0"])],
     )  # fmt: skip
 
@@ -65,7 +65,7 @@ def write_cache(root, family="alpha", roles=("train", "train", "prior"), control
 QUICK = {
     "steps": 50, "batch_size": 2, "gradient_accumulation_steps": 1, "learning_rate": 1e-2, "warmup_steps": 0,
     "max_grad_norm": 1.0, "precision": "fp32", "caption_dropout": 0.0, "ema_decay": 0.0, "save_every": 1000,
-    "sample_every": 0, "gradient_checkpointing": False, "weight_decay": 0.0,
+    "sample_every": 0, "gradient_checkpointing": False, "weight_decay": 0.0, "optimizer": "adamw",
 }  # fmt: skip
 
 

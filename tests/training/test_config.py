@@ -31,6 +31,30 @@ def test_all_wrong_values_are_reported_at_once():
         assert any(problem.startswith(name + " ") for problem in problems), name
 
 
+def test_whole_numbers_may_be_written_with_a_point():
+    config = RunConfig.from_dict({"rank": 8.0, "weak_to_strong": {"base_size": 512.0}, "alpha": 2.0, **GIVEN})
+    assert config.check() == []
+    kinds = [type(config.value(name)) for name in ("rank", "weak_to_strong.base_size", "alpha")]
+    assert kinds == [int, int, float]
+
+
+@pytest.mark.parametrize("name, value", [
+    ("seed", 2**63), ("weak_to_strong.base_size", 8), ("weak_to_strong.base_size", 64.5), ("base.base_size", 8),
+    ("weak_to_strong.kv_scale_factor", 1), ("output.name", "x" * 201),
+])  # fmt: skip
+def test_a_value_that_would_fail_in_the_run_is_reported(name, value):
+    group, _, leaf = name.rpartition(".")
+    given = {**GIVEN, **({group: {**GIVEN.get(group, {}), leaf: value}} if group else {leaf: value})}
+    problems = RunConfig.from_dict(given).check()
+    assert len(problems) == 1 and problems[0].startswith(name + " ")
+
+
+def test_dora_is_refused_on_an_int8_base_alone():
+    given = {"recipe": "lora", "dora": True, **GIVEN}
+    assert "set it to nf4 or none" in RunConfig.from_dict({**given, "base_quantization": "int8"}).check()[0]
+    assert RunConfig.from_dict({**given, "base_quantization": "nf4"}).check() == []
+
+
 def test_unknown_keys_are_reported_with_the_nearest_known_ones():
     with pytest.raises(ValueError, match=r"stepps; did you mean steps\?.*lcm.guidanc; did you mean lcm.guidance\?"):
         RunConfig.from_dict({"stepps": 3, "lcm": {"guidanc": 1}})

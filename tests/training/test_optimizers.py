@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 
+from pixart_nodes.training import optimizers
 from pixart_nodes.training.__main__ import DONE, FAILED, train
 from pixart_nodes.training.config import RunConfig
 
@@ -42,6 +43,20 @@ def test_a_package_that_is_missing_is_named_with_what_to_do(make_run, monkeypatc
     assert train(folder.path / "run.json") == FAILED
     error = read_status(folder)["error"]
     assert f"needs {package}: install it" in error or f"needs the package {package}: install it" in error
+
+
+@pytest.mark.parametrize("recipe, gpu, packages, expected", [
+    ("lora", True, ["bitsandbytes"], "adamw8bit"), ("lora", False, ["bitsandbytes"], "adamw"),
+    ("lora", True, [], "adamw"), ("full", False, ["came_pytorch"], "came"),
+    ("weak-to-strong", True, ["came_pytorch", "bitsandbytes"], "came"), ("full", True, ["bitsandbytes"], "adamw"),
+    ("lcm", True, ["came_pytorch", "bitsandbytes"], "adamw"),
+])  # fmt: skip
+def test_auto_is_what_the_recipe_and_the_machine_suggest(monkeypatch, recipe, gpu, packages, expected):
+    monkeypatch.setattr(optimizers, "find_spec", lambda name: name in packages)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
+    assert optimizers.chosen(RunConfig(recipe=recipe)) == expected
+    assert optimizers.chosen(RunConfig(recipe=recipe), sharded=True) == "adamw"
+    assert optimizers.chosen(RunConfig(recipe=recipe, optimizer="prodigy")) == "prodigy"
 
 
 def test_prodigy_starts_from_a_rate_of_one_and_refuses_another_optimizers():

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from pixart_nodes.checkpoints.files import load_file_tensors
-from pixart_nodes.training.__main__ import DONE, STOPPED, train
+from pixart_nodes.training.__main__ import DONE, FAILED, STOPPED, train
 
 from .conftest import losses
 
@@ -59,6 +59,20 @@ def test_two_processes_have_the_loss_of_one_at_the_same_global_batch(make_run, r
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
     assert losses(two) == pytest.approx(losses(one), rel=1e-4)
+
+
+def test_machines_that_do_not_share_the_folder_say_so_instead_of_waiting_for_each_other(make_run):
+    first, second = (make_run("full", name=name, steps=2, batch_size=2) for name in ("first", "second"))
+    assert train(first.path / "run.json") == DONE
+    first.write_config(replace(first.config(), steps=4))
+    port = two_processes()[-1]
+    joined = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+              "ACCELERATE_USE_CPU": "true"}  # fmt: skip
+    processes = [start(folder, env=joined | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+                 for rank, folder in enumerate((first, second))]  # fmt: skip
+    for process in processes:
+        output, _ = process.communicate(timeout=300)
+        assert process.returncode == FAILED and "the run's folder must be on a disk that all machines share" in output
 
 
 SAMPLED = {"sample_every": 2, "validate_every": 2, "ema_decay": 0.9}
@@ -170,7 +184,7 @@ def test_a_signal_or_a_lost_parent_stops_the_run_with_a_checkpoint(make_run, how
     os.close(writer)
     if how == "parent":
         parent.communicate(b"\n")
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=180)
     assert process.returncode == STOPPED, output
     assert next(folder.complete_checkpoints(), None) is not None
     if how != "parent":

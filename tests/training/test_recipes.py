@@ -1,3 +1,4 @@
+import shutil
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -6,7 +7,8 @@ import torch
 from accelerate.state import AcceleratorState
 
 from pixart_nodes.checkpoints import load_controlnet, load_lora, load_transformer
-from pixart_nodes.checkpoints.files import load_file_tensors
+from pixart_nodes.checkpoints.files import load_file_tensors, save_atomic
+from pixart_nodes.checkpoints.keys import Y_EMBEDDING
 from pixart_nodes.diffusion.consistency import consistency_function
 from pixart_nodes.diffusion.schedule import alphas_cumprod
 from pixart_nodes.training.__main__ import DONE, make_accelerator, train
@@ -133,6 +135,50 @@ def test_one_pass_of_the_teacher_gives_what_two_would(make_run, tmp_path, family
         torch.testing.assert_close(cond, recipe.teacher(x, t, batch.context, batch.mask))
         torch.testing.assert_close(uncond, recipe.teacher(x, t, *recipe.null(batch)))
     assert (recipe.null(batch)[0].shape[1] == 1) == (family == "sigma")
+
+
+def without_null_caption(path, family):
+    """A base as diffusers saves it: without the buffer of the null caption."""
+    write_base(path, replace(PARAMS, caption_tokens={"alpha": 120, "sigma": 300}[family]), family)
+    tensors, metadata = load_file_tensors(path)
+    del tensors[Y_EMBEDDING]
+    save_atomic(tensors, path, metadata)
+    return {"path": str(path)}
+
+
+@pytest.mark.parametrize("recipe", ["lora", "full", "controlnet", "lcm-lora"])
+@pytest.mark.parametrize("has_one", [True, False], ids=["in the file", "not in the file"])
+def test_sigmas_null_caption_is_the_caches_whatever_the_base_has(make_run, tmp_path, recipe, has_one):
+    base = without_null_caption(tmp_path / "sigma.safetensors", "sigma")
+    if has_one:
+        write_base(tmp_path / "sigma.safetensors", replace(PARAMS, caption_tokens=300), "sigma")
+    folder = make_run(recipe, family="sigma", base=base, controlnet={"blocks": 1})
+    trainer = Trainer(folder.config(), folder, make_accelerator("fp32"))
+    rows = trainer.recipe.null_caption(batch := trainer.batches.batch(0))
+    torch.testing.assert_close(rows, trainer.index.null_caption()[: batch.context.shape[1]].to(rows))
+
+
+def test_alphas_null_caption_is_that_of_its_file_though_the_cache_has_another(make_run, tmp_path):
+    write_cache(tmp_path / "cache-alpha", null=True)
+    folder = make_run("lcm")
+    recipe = (trainer := Trainer(folder.config(), folder, make_accelerator("fp32"))).recipe
+    stored, _ = load_file_tensors(tmp_path / "base.safetensors")
+    batch = trainer.batches.batch(0)
+    null, mask = recipe.null(batch)
+    torch.testing.assert_close(null[0], stored[Y_EMBEDDING][: null.shape[1]].to(null))
+    assert torch.equal(mask, batch.mask)
+
+
+def test_an_alpha_without_a_null_caption_takes_the_caches_or_is_refused(make_run, tmp_path):
+    base = without_null_caption(tmp_path / "alpha.safetensors", "alpha")
+    folder = make_run("lora", base=base)
+    with pytest.raises(ValueError, match="Neither the base model .* nor the cache .* has a null caption"):
+        Trainer(folder.config(), folder, make_accelerator("fp32"))
+    shutil.rmtree(tmp_path / "cache-alpha")
+    write_cache(tmp_path / "cache-alpha", null=True)
+    trainer = Trainer(folder.config(), folder, make_accelerator("fp32"))
+    rows = trainer.recipe.null_caption(trainer.batches.batch(0))
+    torch.testing.assert_close(rows, trainer.index.null_caption()[: len(rows)].to(rows))
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])

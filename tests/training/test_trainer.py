@@ -1,3 +1,6 @@
+import os
+import shutil
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -78,6 +81,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(make_run):
 
 def test_commands_are_obeyed_and_deleted(make_run):
     folder = make_run("full", steps=20)
+    folder.write_status(pid=os.getppid(), started=time.time() - 1)  # as a launcher does
     for command in ("save", "sample", "pause", "resume", "stop"):
         assert main([command, str(folder.path)]) == DONE
     assert train(folder.path / "run.json") == STOPPED
@@ -176,3 +180,25 @@ def test_a_checkpoint_can_be_exported_and_is_what_a_run_of_that_length_ends_with
     assert same(weights_of(short), load_transformer(written)[0].state_dict())
     assert long.read_events() == events and read_status(long)["state"] == "done"
     assert main(["export", str(long.checkpoints / "step-000003")]) == FAILED
+
+
+def test_what_accelerate_is_told_to_accumulate_changes_no_gradient(make_run, monkeypatch):
+    folder = make_run("full")
+    plain = gradients(folder, Batches(module.open_cache(folder.config().cache), "alpha", 2))
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    told = gradients(folder, Batches(module.open_cache(folder.config().cache), "alpha", 2))
+    assert all(torch.equal(gradient, told[name]) for name, gradient in plain.items())
+
+
+def test_a_rate_that_spoils_the_last_checkpoint_too_is_answered_with_a_way_back(make_run):
+    folder = make_run("lora", steps=6, save_every=1)
+    config = folder.config()
+    folder.write_config(replace(config, steps=2))
+    assert train(folder.path / "run.json") == DONE
+    folder.write_config(replace(config, learning_rate=1e30))
+    assert [train(folder.path / "run.json") for _ in range(2)] == [FAILED, FAILED]  # the second one at once
+    error = read_status(folder)["error"]
+    assert "is good" not in error and "lower learning rate" in error and "delete it to go on from an older one" in error
+    shutil.rmtree(next(folder.complete_checkpoints()))
+    folder.write_config(config)
+    assert train(folder.path / "run.json") == DONE

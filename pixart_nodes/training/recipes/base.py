@@ -27,6 +27,8 @@ class Start:
     family: str
     dtype: torch.dtype  # of frozen weights; trained ones are fp32
     device: torch.device
+    has_null_caption: bool = True  # else what the model has in its place is random
+    fingerprint: int = 0  # of the weights as they were loaded
 
     @property
     def params(self):
@@ -77,6 +79,16 @@ class Recipe(ABC):
         """What the config asks of data or base model and they do not have, one sentence each."""
         return []
 
+    def take_null_caption(self, index: Index):
+        """Sigma's null caption is T5(""), whatever the base has (PixArt-Sigma diffusion/utils/checkpoint.py:67), and so
+        is that of an alpha whose file has none. Raises ValueError for a base and a cache that both have none."""
+        null, buffer = index.null_caption(), self.start.model.y_embedder.y_embedding
+        if null is None and not self.start.has_null_caption:
+            raise ValueError(no_null_caption(self.config, index))
+        if null is not None and (self.start.family == "sigma" or not self.start.has_null_caption):
+            rows = null[: len(buffer)]
+            buffer.copy_(torch.cat([rows, rows[-1:].expand(len(buffer) - len(rows), -1)]))
+
     def open_data(self, index: Index, batch_size: int, rank: int, world: int):  # noqa: B027 - an optional hook
         """Called once before training, for recipes that need more than the training pictures."""
 
@@ -120,8 +132,6 @@ class Recipe(ABC):
     def null_caption(self, batch: Batch) -> Tensor:
         """Rows (L, D) of the null caption, as many as the batch's captions have."""
         length, null = batch.context.shape[1], self.start.model.y_embedder.y_embedding
-        if length > len(null):
-            raise ValueError(f"The cache has captions of {length} tokens, but the model takes {len(null)} at most.")
         return null[:length].to(batch.context)
 
     def extras(self, batch: Batch) -> dict:
@@ -153,6 +163,11 @@ class Recipe(ABC):
             "pixart.base": Path(config.base.path).name, "pixart.params": json.dumps(asdict(self.start.params)),
         }  # fmt: skip
         return {**said, "pixart.trigger_word": config.trigger_word} if config.trigger_word else said
+
+
+def no_null_caption(config: RunConfig, index: Index) -> str:
+    return (f"Neither the base model {config.base.path} nor the cache {index.path} has a null caption: take the "
+            "original checkpoint as the base, or make the cache with PixArt Cache Features.")  # fmt: skip
 
 
 def on_device(batch: Batch, device) -> Batch:

@@ -35,7 +35,7 @@ class Distillation(Recipe):
         return [] if 1000 % steps == 0 else [f"lcm.num_ddim_timesteps is {steps}; it must divide 1000."]
 
     def open_data(self, index, batch_size, rank, world):
-        null = index.null_caption()
+        null = index.null_caption() if self.start.family == "sigma" else None
         self.sigma_null = None if null is None else null[:1]
 
     @abstractmethod

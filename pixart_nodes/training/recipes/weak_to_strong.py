@@ -3,17 +3,15 @@ compression, and goes on learning with all its weights (arXiv 2403.04692, sectio
 
 from dataclasses import replace
 
-import torch
 from torch import nn
 from torch.nn.functional import pad
 
 from ...checkpoints.keys import Y_EMBEDDING
+from ...data.index import LATENT_FACTOR
 from ...model import KVCompress, PixArtParams, PixArtTransformer
 from ...model.kv_compress import untrained_tensors
 from ..config import WeakToStrong
 from .finetune import FullFineTune
-
-LATENT_FACTOR = 8  # pixels per latent; base_size counts patches
 
 
 class WeakToStrongRecipe(FullFineTune):
@@ -37,12 +35,6 @@ class WeakToStrongRecipe(FullFineTune):
         self.start.family = "sigma"
         return super().build()
 
-    def open_data(self, index, batch_size, rank, world):
-        null, buffer = index.null_caption(), self.start.model.y_embedder.y_embedding
-        if null is not None:  # Sigma's null caption is T5("")
-            rows = null[: len(buffer)]
-            buffer.copy_(torch.cat([rows, rows[-1:].expand(len(buffer) - len(rows), -1)]))
-
 
 def strengthen(model: PixArtTransformer, wanted: WeakToStrong) -> PixArtTransformer:
     """The model with other numbers. What changes nothing at first is exact: new positions keep their span,
@@ -59,6 +51,7 @@ def strengthen(model: PixArtTransformer, wanted: WeakToStrong) -> PixArtTransfor
 
 
 def stronger(params: PixArtParams, wanted: WeakToStrong) -> PixArtParams:
+    # base_size counts patches
     size = params.base_size if wanted.base_size is None else wanted.base_size // (LATENT_FACTOR * params.patch_size)
     span = wanted.pe_interpolation or params.pe_interpolation * size / params.base_size
     kv = params.kv_compress
