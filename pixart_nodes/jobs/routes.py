@@ -62,7 +62,7 @@ def known_run(root: Path, name: str) -> Path:
 
 def number(request: web.Request, name: str) -> int:
     text = request.query.get(name, "0")
-    if not re.fullmatch(r"-?\d{1,15}", text):
+    if not re.fullmatch(r"-?\d{1,15}", text, re.ASCII):
         raise Refused(400, f"{name} must be a whole number.")
     return int(text)
 
@@ -112,7 +112,7 @@ async def command(request, run: Path):
         raise Refused(403, "Commands are taken from ComfyUI's own page, as JSON.")
     try:
         content = await request.json()
-    except ValueError:
+    except (ValueError, LookupError, RecursionError):  # no JSON, an unknown charset, too deep
         content = None
     word = content.get("command") if isinstance(content, dict) else None
     if word not in COMMANDS:

@@ -23,7 +23,8 @@ def run_folders(root: Path) -> list[Path]:
 
 
 def created(run: Path) -> float:
-    return read_json(run / ORIGIN).get("created") or (run / "run.json").stat().st_mtime
+    said = read_json(run / ORIGIN).get("created")
+    return said if isinstance(said, (int, float)) else (run / "run.json").stat().st_mtime
 
 
 def create(root: Path, config: RunConfig, **origin) -> RunFolder:

@@ -59,7 +59,7 @@ def whole_lines(path: Path, offset: int = 0) -> tuple[list[bytes], int]:
     if not path.is_file():
         return [], 0
     with path.open("rb") as file:
-        file.seek(max(0, offset))
+        file.seek(min(max(0, offset), path.stat().st_size))
         data = file.read()
     data = data[: data.rfind(b"\n") + 1]
     return data.splitlines(), max(0, offset) + len(data)

@@ -65,9 +65,13 @@ class PixArtTrain(io.ComfyNode):
             return nothing(checked(config), ExecutionBlocker(None))
         if problems := config.check():
             raise ValueError("PixArt Train: " + " ".join(problems))
-        folder, job = obtained(config, Request(mode, resume, processes, origin_of(cls, mode)))
+        request = Request(mode, resume, processes, origin_of(cls, mode))
+        folder, job = obtained(config, request)
         if mode == "wait":
             wait_for(folder, job)
+            status = watch.status_of(folder.path)
+            if status.get("state") == "done" and status.get("step", 0) < config.steps:  # it began with fewer steps
+                wait_for(*obtained(config, request))
         elif not runs.is_done(folder.path, config.steps):
             said = f"{report.running_text(folder.path)} Queue again for the result when it is done."
             return nothing(said, ExecutionBlocker(said), folder.path)
@@ -130,12 +134,21 @@ def obtained(config, request: Request):
     else:
         folder.write_config(config)
         runs.note(folder.path, **request.origin)
+    refuse_a_second_trainer(root)
     features.free_memory()
     job = launcher.start(
         folder, processes=request.processes, detached=request.mode == "detached", cpu=training.runs_on_cpu(),
         on_state=lambda state: announce(folder, request.origin["node"], state),
     )  # fmt: skip
     return folder, job
+
+
+def refuse_a_second_trainer(root: Path):
+    """Raises RuntimeError when a GPU trains another run already: one process at a time has its memory."""
+    other = next((path.name for path in runs.run_folders(root) if watch.is_alive(watch.status_of(path))), None)
+    if other and not training.runs_on_cpu():
+        raise RuntimeError(f"The run {other} is training on this GPU. Wait for its end, or stop it in the sidebar "
+                           "under PixArt runs; then queue again.")  # fmt: skip
 
 
 def announce(folder: RunFolder, node, state: str | None = None):

@@ -46,7 +46,7 @@ def wait_for(something, seconds=180):
 
 
 def trained(folder, steps=1):
-    return wait_for(lambda: (watch.last_step(folder.path) or {}).get("step", 0) >= steps)
+    return wait_for(lambda: folder.status().get("step", 0) >= steps)  # said behind the step's event
 
 
 def gone(folder):

@@ -9,7 +9,7 @@ BLANK = {
     "recipe": "lora", "base": {"path": "a"}, "cache": "b", "output": {"name": "fox", "folder": "c"}, "vae": "",
     "steps": 0, "batch_size": 0, "gradient_accumulation_steps": 0, "learning_rate": 0.0, "rank": 0, "alpha": 0.0,
     "save_every": 0, "warmup_steps": -1, "sample_every": -1, "caption_dropout": -1.0, "ema_decay": -1.0, "seed": 42,
-    "precision": "auto", "base_quantization": "none", "gradient_checkpointing": True, "optimizer": "adamw",
+    "precision": "auto", "base_quantization": "none", "gradient_checkpointing": True, "optimizer": "auto",
     "lr_schedule": "constant", "dora": False, "prior_loss_weight": 1.0, "trigger_word": "", "targets": RECIPES_CHOICE,
     "min_snr_gamma": 0.0, "lcm_guidance": 5.5, "controlnet_blocks": 0, "stronger_size": 0, "kv_sampling": "none",
     "kv_scale_factor": 2, "kv_layers": (),

@@ -93,6 +93,28 @@ def test_a_character_that_is_half_written_waits(ask, run):
     assert ask(f"/pixart/runs/{run.path.name}/log")[1] == {"text": "ab ", "offset": 3}
 
 
+def test_an_offset_behind_the_end_finds_nothing(ask, run):
+    for what, empty in (("events", []), ("log", "")):
+        status, found = ask(f"/pixart/runs/{run.path.name}/{what}?offset={'9' * 15}")
+        assert status == 200 and (found.get("events", found.get("text"))) == empty
+
+
+def test_one_damaged_origin_does_not_hide_the_other_runs(ask, root, run):
+    other = runs.create(root, CONFIG, created="yesterday")
+    (other.path / "status.json").write_text("[]")
+    assert len(ask("/pixart/runs")[1]["runs"]) == 2 and other.status() == {}
+
+
+@pytest.mark.parametrize("body, kind", [
+    (b'{"command": "stop"}', "application/json; charset=klingon"), (b"[" * 100_000, "application/json"),
+    (b"{", "application/json"),
+], ids=["charset", "depth", "cut"])  # fmt: skip
+def test_a_command_that_cannot_be_read_is_refused(ask, run, body, kind):
+    address = f"/pixart/runs/{run.path.name}/commands"
+    assert ask(address, "POST", data=body, headers={"Content-Type": kind})[0] == 400
+    assert run.waiting() == []
+
+
 @pytest.mark.parametrize("offset", ["x", "1.5", "1e9", "9" * 40])
 def test_an_offset_that_is_no_number_is_refused(ask, run, offset):
     for what in ("events", "log"):

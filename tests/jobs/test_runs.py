@@ -17,7 +17,8 @@ def finish(folder, step, output):
     folder.write_status(state="done", step=step, steps=step, output=str(output), pid=1, started=0.0)
 
 
-def test_two_runs_of_one_minute_have_two_folders_and_the_newest_comes_first(tmp_path):
+def test_two_runs_of_one_minute_have_two_folders_and_the_newest_comes_first(tmp_path, monkeypatch):
+    monkeypatch.setattr(time, "strftime", lambda form: "1123_1200")  # a minute that does not end meanwhile
     first = runs.create(tmp_path, CONFIG, node="7", workflow={"nodes": []})
     time.sleep(0.01)
     second = runs.create(tmp_path, CONFIG)

@@ -55,6 +55,7 @@ class NodePanel {
     this.#unhear();
     this.#sight.disconnect();
     this.#panel.destroy();
+    this.#node = null;
   }
 
   #look(seen) {
@@ -70,7 +71,7 @@ class NodePanel {
   /** Reads the list of runs anew; without a run of its own the node takes the newest with its output name. */
   async #refresh() {
     const runs = await listRuns().catch(() => null);
-    if (!runs) return;
+    if (!runs || !this.#node) return; // the node may have gone while the server answered
     this.#choice.hidden = !runs.length;
     this.#choice.replaceChildren(element("option", { value: "", text: t("chooseRun") }), ...runs.map(optionOf));
     const [own, name] = [this.#node.properties[PROPERTY], nameOf(this.#node)];
