@@ -62,10 +62,10 @@ class InProcessComfy:
         return execution.PromptExecutor(_Server(), cache_type=execution.CacheType.CLASSIC, cache_args=cache)
 
     def add_models(self, kind: str, folder: Path):
-        """Let the loaders of `kind` (such as "diffusion_models") find what lies in `folder`."""
+        """Let the loaders of `kind` (such as "diffusion_models") find what lies in `folder`, before all others."""
         import folder_paths
 
-        folder_paths.add_model_folder_path(kind, str(folder))
+        folder_paths.add_model_folder_path(kind, str(folder), is_default=True)
 
     def run(self, graph: dict) -> dict:
         """Validate and execute a graph; its history entry. Raises Failure when a node refuses or fails."""

@@ -45,6 +45,7 @@ THUMBNAILS = {
         "a yellow circle at the top left, a red triangle at the right and a white square at the bottom left, on a "
         "plain dark green background",
     ),
+    "caption_pictures": ("text_to_image_tiny", "a small white star at the top and a large purple circle at the left"),
     "controlnet_hed_1024": ("text_to_image_tiny", "a large green triangle in the center, on a pink background"),
     "sigma_4k_tiny": (
         "text_to_image_tiny",

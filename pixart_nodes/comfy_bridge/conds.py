@@ -13,12 +13,19 @@ MOST_BATCHES = 16  # that a condition remembers: more only where somebody makes 
 
 
 class CONDSteady(comfy.conds.CONDRegular):
-    """A condition that gives the network the same tensor at every step of a run, so that its memo recognises it."""
+    """A condition that gives the network the same tensor at every step of a run, so that its memo recognises it.
 
-    def __init__(self, cond):
+    keep=False: a new tensor each time, for those who may change it in place, such as a MODEL's function wrapper.
+    """
+
+    def __init__(self, cond, keep: bool = True):
         super().__init__(cond)
+        self.keep = keep
         self.repeated = {}  # batch size -> condition
         self.joined = {}  # ids of others -> (others, the batch made of this and them)
+
+    def _copy_with(self, cond):
+        return type(self)(cond, self.keep)
 
     def process_cond(self, batch_size, **kwargs):
         if batch_size not in self.repeated:
@@ -26,11 +33,14 @@ class CONDSteady(comfy.conds.CONDRegular):
         return self.repeated[batch_size]
 
     def concat(self, others):
+        tensors = [self.cond, *(other.cond for other in others)]
+        if not self.keep:
+            return self.join(tensors)
         key = tuple(map(id, others))  # regions meet the same negative prompt in several batches
         if key not in self.joined:
             if len(self.joined) == MOST_BATCHES:
                 self.joined.clear()
-            self.joined[key] = others, self.join([self.cond, *(other.cond for other in others)])
+            self.joined[key] = others, self.join(tensors)
         return self.joined[key][1]
 
     def join(self, tensors: list[Tensor]):

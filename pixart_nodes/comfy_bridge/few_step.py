@@ -16,6 +16,7 @@ from ..diffusion.consistency import boundary_scalings
 from . import compat
 from .noise import picture_noise
 from .sampling import PixArtModelSampling, schedule_of
+from .speed import GUIDANCE_OFF, guidance_scales
 
 logger = logging.getLogger(__name__)
 
@@ -40,8 +41,13 @@ def guidance_notice(cfg: float) -> str:
 
 
 def warn_of_guidance(model):
-    """Logs the notice and shows it under the node that samples. Only guiders with a `cfg` can be asked."""
-    notice = guidance_notice(getattr(getattr(model, "inner_model", None), "cfg", 1.0))
+    """Logs the notice and shows it under the node that samples. Only ComfyUI's own guiders can be asked."""
+    guider = getattr(model, "inner_model", None)
+    scales = guidance_scales(guider)
+    notice = guidance_notice(scales.pop("cfg", 1.0))
+    if not notice and any(not math.isclose(value, GUIDANCE_OFF[name]) for name, value in scales.items()):
+        kind = type(guider).__name__.removeprefix("Guider_")
+        notice = f"{kind}Guider guides, but guidance is built into this distilled model: take BasicGuider in its place."
     if notice:
         logger.warning(notice)
         compat.show_text(compat.executing_node(), notice)

@@ -10,11 +10,16 @@ def add_memo(patcher):
     patcher.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, run_with_memo)
 
 
+def has_function_wrapper(model_options) -> bool:
+    """Whether another node's function stands between conditions and network: it may change captions in place."""
+    return "model_function_wrapper" in model_options
+
+
 def run_with_memo(executor, *args, **kwargs):
     guider = executor.class_obj
     options = guider.model_options  # this run's own copy
     weights_change = "registered_hooks" in options or guider.model_patcher.model.training
-    if not weights_change:
+    if not weights_change and not has_function_wrapper(options):
         options["transformer_options"][KEY] = Memo()
     try:
         return executor(*args, **kwargs)

@@ -19,9 +19,8 @@ from ..model.transformer import PixArtTransformer
 from . import compat, quantize
 from .conds import CONDCaption, CONDCaptionMask, CONDSteady, caption_and_mask
 from .kv_compress import check_grid
-from .memo import add_memo
+from .memo import add_memo, has_function_wrapper
 from .sampling import PixArtModelSampling
-from .text_cache import make_room_before_sampling
 
 CONFIGS = {"alpha": comfy.supported_models.PixArtAlpha, "sigma": comfy.supported_models.PixArtSigma}
 WEIGHT_DTYPES = {
@@ -126,13 +125,14 @@ class PixArtModel(comfy.model_base.PixArt):
         self.check_control(kwargs.get("control"))
         caption = caption.to(kwargs["device"], self.inference_dtype())
         caption, mask = caption_and_mask(caption, kwargs.get("attention_mask"))
-        conds = {"c_crossattn": CONDCaption(caption), "context_mask": CONDCaptionMask(mask)}
+        keep = self.current_patcher is None or not has_function_wrapper(self.current_patcher.model_options)
+        conds = {"c_crossattn": CONDCaption(caption, keep), "context_mask": CONDCaptionMask(mask, keep)}
         if self.params.micro_condition:
             width, height = kwargs["width"], kwargs["height"]
             ratio = kwargs.get("aspect_ratio") or height / max(width, 1)
             size = torch.tensor([[height, width]], device=caption.device)
-            conds["c_size"] = CONDSteady(size)
-            conds["c_ar"] = CONDSteady(torch.tensor([[float(ratio)]]).to(caption))
+            conds["c_size"] = CONDSteady(size, keep)
+            conds["c_ar"] = CONDSteady(torch.tensor([[float(ratio)]]).to(caption), keep)
         return conds
 
     def check_inputs(self, noise, caption):
@@ -207,7 +207,6 @@ def load_pixart(
         model.to(offload_device)
     compat.load_model_weights(model, state_dict, patcher)
     add_memo(patcher)
-    make_room_before_sampling(patcher)
     # ComfyUI loads the model a second time through this: LoRA training, schedules of LoRAs, other devices.
     patcher.cached_patcher_init = (load_pixart, (path, family, base_size, weight_dtype, weights, beside_control))
     model.loaded_with = {"path": path, "base_size": base_size, "weight_dtype": weight_dtype, "weights": weights}

@@ -3,6 +3,7 @@
 import logging
 from functools import partial
 
+import comfy.samplers
 from comfy.patcher_extension import WrappersMP
 from comfy_api.torch_helpers import set_torch_compile_wrapper
 from torch.utils._triton import has_triton
@@ -13,6 +14,9 @@ from .model import pixart_model
 
 logger = logging.getLogger(__name__)
 
+# What ComfyUI's guiders call their scales, and the value that turns each off: CFGGuider, DualCFGGuider, PerpNegGuider.
+GUIDANCE_OFF = {"cfg": 1.0, "cfg1": 1.0, "cfg2": 1.0, "neg_scale": 0.0}
+KNOWN_GUIDERS = ("Guider_DualCFG", "Guider_DualModel", "Guider_PerpNeg")  # those that guide in a way of their own
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune-no-cudagraphs")
 
 
@@ -44,22 +48,47 @@ def with_guidance_interval(model, start_percent: float, end_percent: float):
 
     Kynkaanniemi et al., "Applying Guidance in a Limited Interval", arXiv 2404.07724.
     """
-    start, end = noise_levels(model, start_percent, end_percent)
-
-    def predict(executor, x, sigma, *args, **kwargs):
-        guider = executor.class_obj
-        guidance = guider.cfg
-        if not end <= sigma.max().item() <= start:
-            guider.cfg = 1.0
-        try:
-            return executor(x, sigma, *args, **kwargs)
-        finally:
-            guider.cfg = guidance
-
+    key, levels = "pixart_guidance", noise_levels(model, start_percent, end_percent)
     clone = model.clone()
-    clone.remove_wrappers_with_key(WrappersMP.PREDICT_NOISE, "pixart_guidance")
-    clone.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, "pixart_guidance", predict)
+    for kind, wrapper in (
+        (WrappersMP.OUTER_SAMPLE, say_if_not_guided),
+        (WrappersMP.PREDICT_NOISE, partial(predict_within_interval, levels=levels)),
+    ):
+        clone.remove_wrappers_with_key(kind, key)
+        clone.add_wrapper_with_key(kind, key, wrapper)
     return clone
+
+
+def say_if_not_guided(executor, *args, **kwargs):
+    """Logs, once in a run, that the guider guides in a way of its own, by scales that may have any name."""
+    kind = type(executor.class_obj)
+    if kind.predict_noise is not comfy.samplers.CFGGuider.predict_noise and kind.__name__ not in KNOWN_GUIDERS:
+        logger.warning(
+            "PixArt Guidance Interval may do nothing here: it does not know the scales of %s. Sample with KSampler, "
+            "CFGGuider, DualCFGGuider or PerpNegGuider.",
+            kind.__name__,
+        )
+    return executor(*args, **kwargs)
+
+
+def predict_within_interval(executor, x, sigma, *args, levels, **kwargs):
+    """Wraps a guider's prediction: its scales are off above and below the two noise levels."""
+    guider, (start, end) = executor.class_obj, levels
+    if end <= sigma.max().item() <= start:
+        return executor(x, sigma, *args, **kwargs)
+    scales = guidance_scales(guider)
+    for name in scales:
+        setattr(guider, name, GUIDANCE_OFF[name])
+    try:
+        return executor(x, sigma, *args, **kwargs)
+    finally:
+        for name, value in scales.items():
+            setattr(guider, name, value)
+
+
+def guidance_scales(guider) -> dict[str, float]:
+    """The scales that a guider of ComfyUI has, by name."""
+    return {name: getattr(guider, name) for name in GUIDANCE_OFF if hasattr(guider, name)}
 
 
 def noise_levels(model, start_percent: float, end_percent: float) -> tuple[float, float]:

@@ -5,15 +5,16 @@ the node that made them: a prompt that was encoded before never loads T5 again. 
 """
 
 import contextlib
+import functools
 import hashlib
 import os
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable
 
+import comfy.sampler_helpers
 import comfy.sd
 import torch
-from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 
 from .quantize import plain_state_dict
 
@@ -82,18 +83,19 @@ def file_state(paths) -> list:
 class T5Clip(comfy.sd.CLIP):
     """ComfyUI's CLIP around a T5 that `load` reads from disk, as often as needed, but no earlier when `leave` is set.
 
-    `identity` is what its weights depend on. Clones, which is what nodes patch, have no identity: they are loaded, stay
-    loaded in ComfyUI's memory management, and do not use the cache.
+    `identity` is what its weights depend on; `identify` says it anew whenever they are read, for files change. Clones,
+    which is what nodes patch, have no identity: they are loaded, stay loaded in ComfyUI's memory management, and do not
+    use the cache.
     """
 
     masks_pads = False
 
-    def __init__(self, load: Callable[[], comfy.sd.CLIP], tokenizer, identity: str, leave: bool):
+    def __init__(self, load: Callable[[], comfy.sd.CLIP], tokenizer, identify: Callable[[], str], leave: bool):
         super().__init__(no_init=True)
         self.tokenizer, self.tokenizer_options = tokenizer, {}
         self.layer_idx = self.apply_hooks_to_conds = None
         self.use_clip_schedule = False
-        self.load, self.identity, self.leave = load, identity, leave
+        self.load, self.identify, self.identity, self.leave = load, identify, identify(), leave
         if not leave:
             self.materialize()
 
@@ -110,10 +112,12 @@ class T5Clip(comfy.sd.CLIP):
 
     def materialize(self):
         if not self.is_loaded:
+            self.identity = self.identify()
             clip = self.load()
             self.cond_stage_model, self.patcher = clip.cond_stage_model, clip.patcher
             if self.leave:
                 LEAVING.add(self)
+                make_room_before_sampling()
 
     def drop(self):
         """Gives the weights back, on every device. The next new prompt reads them again."""
@@ -131,12 +135,12 @@ class T5Clip(comfy.sd.CLIP):
     def encode_from_tokens(self, tokens, return_pooled=False, return_dict=False):
         if self.identity is None:
             return super().encode_from_tokens(tokens, return_pooled=return_pooled, return_dict=return_dict)
-        key = digest(self.identity, self.layer_idx, self.masks_pads, return_pooled, tokens)
-        found = ENCODINGS.get(key)
+        asked = self.layer_idx, self.masks_pads, return_pooled, tokens
+        found = ENCODINGS.get(digest(self.identity, *asked))
         if found is None:
             with attention_masks(self.cond_stage_model, self.masks_pads):
                 found = super().encode_from_tokens(tokens, return_pooled=return_pooled, return_dict=True)
-            ENCODINGS.put(key, found)
+            ENCODINGS.put(digest(self.identity, *asked), found)  # reading the weights may have changed the identity
         if return_dict:
             return found
         return (found["cond"], found["pooled_output"]) if return_pooled else found["cond"]
@@ -151,7 +155,7 @@ class T5Clip(comfy.sd.CLIP):
         self.materialize()
         clone = super().clone(*args, **options)  # ComfyUI makes a plain CLIP
         clone.__class__ = T5Clip
-        clone.load, clone.identity, clone.leave = None, None, False
+        clone.load, clone.identify, clone.identity, clone.leave = None, None, None, False
         return clone
 
     def load_model(self, *args, **options):
@@ -171,6 +175,10 @@ class T5Clip(comfy.sd.CLIP):
         self.materialize()
         return plain_state_dict(super().state_dict_for_saving(), self.cond_stage_model)
 
+    def is_dynamic(self) -> bool:
+        """What later versions of ComfyUI ask of every output when memory is short; a T5 that has left is not."""
+        return self.is_loaded and hasattr(self.patcher, "is_dynamic") and self.patcher.is_dynamic()
+
     def get_ram_usage(self) -> int:
         return self.patcher.model_size() if self.is_loaded else 0
 
@@ -186,13 +194,23 @@ def attention_masks(model, enabled: bool = True):
         encoder.enable_attention_masks = before
 
 
-def make_room(executor, *args, **options):
-    """Wraps ComfyUI's preparation of sampling: encoders that were told to leave do so before the model is loaded."""
+def make_room():
+    """Encoders that were told to leave do so now."""
     for clip in list(LEAVING):
         clip.drop()
     LEAVING.clear()
-    return executor(*args, **options)
 
 
-def make_room_before_sampling(patcher):
-    add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, "pixart_t5", make_room, patcher.model_options, True)
+@functools.cache  # once in a process
+def make_room_before_sampling():
+    """Wraps ComfyUI's preparation of sampling, which loads the model. ComfyUI's own wrappers belong to one MODEL each,
+    and which one comes next, of which loader, is not known here.
+    """
+    prepare = comfy.sampler_helpers.prepare_sampling
+
+    @functools.wraps(prepare)
+    def make_room_and_prepare(*args, **kwargs):
+        make_room()
+        return prepare(*args, **kwargs)
+
+    comfy.sampler_helpers.prepare_sampling = make_room_and_prepare

@@ -125,9 +125,16 @@ def load_t5(
         comfy.sd1_clip.SD1Tokenizer, name=NAME, tokenizer=partial(T5Tokenizer, pieces=pieces, params=params)
     )
     load = partial(load_clip, path, dtype, device, embedding_directory)
-    identity = digest(file_state((*files.weights, *files.tokenizers)), files.config, dtype, device)
+    identify = partial(identity, path, dtype, device)
     log.info("%s: T5 encoder, %d x %d, tokenizer %s", where, params.num_layers, params.d_model, pieces.path)
-    return T5Clip(load, tokenizer(embedding_directory=embedding_directory), identity, after_encoding == "leave")
+    return T5Clip(load, tokenizer(embedding_directory=embedding_directory), identify, after_encoding == "leave")
+
+
+def identity(path: str, dtype: str, device: str) -> str:
+    """What an encoding depends on besides the prompt: the files at `path` as they are now, and how they are kept."""
+    files = t5_files.locate(path)
+    config = (files.config,) if files.config else ()
+    return digest(file_state((*files.weights, *files.tokenizers, *config)), dtype, device)
 
 
 def load_clip(path, dtype, device, embedding_directory, disable_dynamic=False) -> comfy.sd.CLIP:

@@ -60,7 +60,7 @@ class PixArtGuidanceInterval(io.ComfyNode):
                 percent("start_percent", 0.0, "Guidance starts here; 0 is the first step, pure noise."),
                 percent("end_percent", 0.7, "Guidance ends here; 1 is the last step."),
             ],
-            outputs=[io.Model.Output(display_name="model", tooltip="For KSampler, SamplerCustom and CFGGuider.")],
+            outputs=[io.Model.Output(display_name="model", tooltip="For KSampler, SamplerCustom and guiders.")],
         )
 
     @classmethod

@@ -21,6 +21,10 @@ def pipeline_roots():
     return [root for key in PIPELINE_FOLDERS if key in known for root in folder_paths.get_folder_paths(key)]
 
 
+def encoder_path(name: str) -> str:
+    return t5_files.find(name, [*encoder_roots(), *pipeline_roots()])
+
+
 class PixArtLoadT5(io.ComfyNode):
     @classmethod
     def define_schema(cls):
@@ -68,10 +72,13 @@ class PixArtLoadT5(io.ComfyNode):
         )
 
     @classmethod
+    def fingerprint_inputs(cls, t5_name, dtype, device, **inputs):
+        return text_encoder.identity(encoder_path(t5_name), dtype, device)
+
+    @classmethod
     def execute(cls, t5_name, dtype, device, after_encoding="keep") -> io.NodeOutput:
-        path = t5_files.find(t5_name, [*encoder_roots(), *pipeline_roots()])
         embeddings = folder_paths.get_folder_paths("embeddings")
-        return io.NodeOutput(text_encoder.load_t5(path, dtype, device, embeddings, after_encoding))
+        return io.NodeOutput(text_encoder.load_t5(encoder_path(t5_name), dtype, device, embeddings, after_encoding))
 
 
 class PixArtTextEncode(io.ComfyNode):

@@ -11,7 +11,9 @@ from pathlib import Path
 import torch
 
 PACK = Path(__file__).parents[2]
-EXTRA_NODES = ("nodes_custom_sampler", "nodes_model_advanced", "nodes_easycache", "nodes_model_merging")
+EXTRA_NODES = (
+    "nodes_custom_sampler", "nodes_model_advanced", "nodes_easycache", "nodes_model_merging", "nodes_perpneg",
+)  # fmt: skip
 
 
 class Server:

@@ -227,6 +227,20 @@ def test_guidance_on_top_of_the_built_in_one_is_noticed(comfy, sigma, lcm, caplo
     assert ("guidance is built into this distilled model" in caplog.text) is heard
 
 
+@pytest.mark.parametrize("scales, heard", [((1.0, 1.0), False), ((4.5, 1.0), True), ((1.0, 3.0), True)])
+def test_guidance_of_a_guider_with_two_scales_is_noticed(comfy, sigma, lcm, caplog, scales, heard):
+    model, sampler, sigmas = lcm(sigma)
+    (guider,) = comfy.call(
+        "DualCFGGuider", model=model, cond1=caption(model), cond2=caption(model, 2), negative=caption(model, 3),
+        cfg_conds=scales[0], cfg_cond2_negative=scales[1], style="regular",
+    )  # fmt: skip
+    (noise,) = comfy.call("RandomNoise", noise_seed=9)
+    comfy.call(
+        "SamplerCustomAdvanced", noise=noise, guider=guider, sampler=sampler, sigmas=sigmas, latent_image=latent()
+    )
+    assert ("DualCFGGuider guides, but guidance is built into this distilled model" in caplog.text) is heard
+
+
 def test_a_model_of_another_kind_is_refused(comfy, sigma, lcm):
     other = sigma.clone()
     other.model = torch.nn.Module()

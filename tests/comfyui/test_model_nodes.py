@@ -5,7 +5,7 @@ import logging
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from pixart_nodes.checkpoints import save_diffusers
 from pixart_nodes.model import PixArtTransformer
@@ -104,6 +104,25 @@ def test_eight_bit_weights_keep_embedders_and_tables_in_sixteen(load_model):
     kept = {name for name, tensor in network.state_dict().items() if tensor.dtype == torch.float16}
     assert {"x_embedder.proj.weight", "t_block.1.weight", "blocks.0.scale_shift_table"} <= kept
     assert "blocks.0.attn.qkv.weight" not in kept
+
+
+@pytest.mark.parametrize("weight_dtype, tolerance", [("auto", 0), ("fp8_e4m3fn", 0.2)])
+@pytest.mark.parametrize("suffix", ["scale_weight", "weight_scale"])
+def test_scaled_fp8_of_comfyui_gives_the_picture_of_the_weights_it_stands_for(
+    comfy, load_model, suffix, weight_dtype, tolerance
+):
+    folder = comfy.folder("diffusion_models")
+    plain, scaled = load_file(folder / "sigma.safetensors"), {"scaled_fp8": torch.empty(0, dtype=torch.float8_e4m3fn)}
+    metadata = comfy.pack("checkpoints.files").read_header(folder / "sigma.safetensors").metadata
+    for name in [name for name in plain if name.startswith("blocks.") and name.endswith(".weight")]:
+        scale = scaled[name.replace("weight", suffix)] = plain[name].abs().max() / 448
+        scaled[name] = (plain[name] / scale).to(torch.float8_e4m3fn)
+        plain[name] = scaled[name].float() * scale
+    save_file(plain, folder / "plain.safetensors", metadata)
+    save_file({**plain, **scaled}, folder / "scaled.safetensors", metadata)
+    (reference,) = predict(load_model("plain.safetensors"), [prompt(7, 1)], noise())
+    (out,) = predict(load_model("scaled.safetensors", weight_dtype=weight_dtype), [prompt(7, 1)], noise())
+    assert (out - reference).norm() <= tolerance * (reference - noise()).norm()
 
 
 # What does not fit

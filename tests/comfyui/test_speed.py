@@ -6,7 +6,7 @@ import weakref
 import pytest
 import torch
 
-from .drive import counted, latent, prompt, sample
+from .drive import latent, prompt, sample
 from .tiny import ALPHA_MS, SIGMA
 
 
@@ -121,6 +121,34 @@ def test_a_lora_with_a_schedule_changes_the_remembered_weights_within_a_run(comf
     assert (out - plain).abs().max() > 1e-3
 
 
+def test_what_a_function_wrapper_does_to_a_caption_lasts_for_one_call_of_the_network(comfy, load_model):
+    def in_place(apply, args):
+        args["c"]["c_crossattn"].mul_(0.5)
+        args["c"]["c_ar"].mul_(2)
+        return apply(args["input"], args["timestep"], **args["c"])
+
+    def on_copies(apply, args):
+        c = args["c"] | {"c_crossattn": args["c"]["c_crossattn"] * 0.5, "c_ar": args["c"]["c_ar"] * 2}
+        return apply(args["input"], args["timestep"], **c)
+
+    pictures, seen = [], []
+    for wrapper in (in_place, on_copies):
+        model = load_model("alpha_ms.safetensors")
+        model.set_model_unet_function_wrapper(wrapper)
+        pictures.append(sample(comfy, model, prompt(9, 1), prompt(4, 2), steps=4))
+    assert torch.equal(*pictures)
+
+    def twice(apply, args):  # halved between two calls of one step
+        for _ in range(2):
+            seen.append(apply(args["input"], args["timestep"], **args["c"]))
+            args["c"]["c_crossattn"].mul_(0.5)
+        return seen[-1]
+
+    model.set_model_unet_function_wrapper(twice)
+    sample(comfy, model, prompt(9, 1), prompt(4, 2), steps=1)
+    assert not torch.equal(*seen)
+
+
 def test_gradients_of_a_lora_that_is_being_trained_are_not_cut_off(comfy, sigma):
     """ComfyUI trains inside a sampling run: weights change from step to step, and gradients must reach them."""
     memo = comfy.pack("model.memo").Memo()
@@ -208,32 +236,6 @@ def test_comfyuis_own_step_caches_save_calls_of_the_network(comfy, sigma, watch,
     last = watch(sigma.model.diffusion_model.blocks[-1])
     sample(comfy, model, steps=16)
     assert 0 < len(last) < 16
-
-
-# PixArt Guidance Interval
-
-
-def guided(comfy, model, start, end):
-    return comfy.call("PixArtGuidanceInterval", model=model, start_percent=start, end_percent=end)[0]
-
-
-def test_steps_outside_of_the_guidance_interval_cost_half(comfy, sigma):
-    model, calls = counted(guided(comfy, sigma, 0.25, 0.75))
-    sample(comfy, model, steps=8)
-    batches = [batch for batch, _ in calls]
-    assert batches[0] == batches[-1] == 1 and batches[4] == 2 and len(batches) == 8
-
-
-def test_the_whole_interval_is_plain_guidance_and_none_is_no_guidance(comfy, sigma):
-    assert torch.equal(sample(comfy, guided(comfy, sigma, 0.0, 1.0)), sample(comfy, sigma))
-    assert torch.equal(sample(comfy, guided(comfy, sigma, 1.0, 1.0)), sample(comfy, sigma, cfg=1.0))
-
-
-def test_guidance_is_back_after_the_run(comfy, sigma):
-    model = guided(comfy, sigma, 0.0, 0.5)
-    first = sample(comfy, model)
-    assert torch.equal(sample(comfy, model), first)
-    assert not torch.equal(first, sample(comfy, sigma))
 
 
 # PixArt Compile

@@ -2,12 +2,13 @@
 
 import gc
 import os
+import shutil
 import weakref
 
 import pytest
 import torch
 
-from .drive import sample
+from .drive import latent, sample
 from .tiny_t5 import config, expected, random_model, same
 
 LORA = "text_encoders.t5xxl.transformer.encoder.block.1.layer.1.DenseReluDense.wo"
@@ -80,6 +81,37 @@ def test_both_prompts_are_encoded_with_one_load_and_sampling_drops_t5(comfy, sig
     assert len(loads) == 1
 
 
+@pytest.fixture
+def foreign(comfy):
+    """A MODEL around ComfyUI's own PixArt network, of the tiny models' size."""
+    from comfy import model_base, model_management, model_patcher, supported_models
+
+    config = supported_models.PixArtSigma({
+        "image_model": "pixart_ms", "depth": 1, "hidden_size": 48, "num_heads": 4, "caption_channels": 32,
+        "pe_interpolation": 1.0, "model_max_length": 300,
+    })  # fmt: skip
+    config.set_inference_dtype(torch.float32, None)
+    model = model_base.PixArt(config)
+    for parameter in model.diffusion_model.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    device = model_management.get_torch_device()
+    return model_patcher.ModelPatcher(model, device, device)
+
+
+def test_sampling_a_model_of_comfyui_s_own_loaders_drops_t5_too(comfy, foreign, encode, leaving, loads):
+    from comfy.patcher_extension import CallbacksMP
+
+    clip, loaded = leaving(), []
+    positive, negative = encode("a red fox", clip)[0], encode("", clip)[0]
+    foreign.add_callback(CallbacksMP.ON_LOAD, lambda *_: loaded.append(clip.is_loaded))
+    assert clip.is_loaded
+    sample(comfy, foreign, positive, negative, latent(40, 40))
+    assert loaded == [False] and not clip.is_loaded
+    encode("a blue dog", clip)
+    sample(comfy, foreign, positive, negative, latent(40, 40))
+    assert not clip.is_loaded and len(loads) == 2
+
+
 def test_comfyui_forgets_an_encoder_that_left(comfy, sigma, encode, leaving):
     import comfy.model_management as mm
 
@@ -106,6 +138,36 @@ def test_a_changed_file_is_read_again(encode, folder, leaving, loads):
     os.utime(folder / "model.safetensors", (1, 1))
     after = encode("a red fox", leaving(folder))[0][0][0]
     assert len(loads) == 2 and not same(before, after, 0.01)
+
+
+def test_a_file_that_changes_while_t5_is_away_does_not_lend_the_old_one_its_encodings(
+    encode, folder, leaving, loads, tiny_t5
+):
+    shutil.copytree(tiny_t5.path, folder, dirs_exist_ok=True)
+    clip = leaving(folder)
+    encode("a red fox", clip)
+    clip.drop()
+    random_model(config(), seed=1).save_pretrained(folder)
+    changed = encode("a blue dog", clip)[0][0][0]
+    shutil.copytree(tiny_t5.path, folder, dirs_exist_ok=True)  # the old file, with its old time
+    again = encode("a blue dog", leaving(folder))[0][0][0]
+    assert same(again, expected(tiny_t5.model, tiny_t5.tokenizer, "a blue dog")) and not same(again, changed, 0.01)
+    assert len(loads) == 3
+
+
+def test_a_changed_file_makes_comfyui_run_the_loader_again(comfy, folder):
+    def fingerprint(dtype="auto"):
+        return comfy.classes["PixArtLoadT5"].fingerprint_inputs(
+            t5_name=folder.name, dtype=dtype, device="default", after_encoding="keep"
+        )
+
+    random_model(config()).save_pretrained(folder)
+    before = fingerprint()
+    assert before == fingerprint() != fingerprint("bf16")
+    for name in ("model.safetensors", "config.json"):
+        os.utime(folder / name, (1, 1))
+        assert fingerprint() != before
+        before = fingerprint()
 
 
 @pytest.mark.parametrize("text", ["(a red fox:1.5)", "a red fox .", "A red fox"])
@@ -158,6 +220,15 @@ def test_comfyui_asking_for_memory_use_does_not_load_anything(leaving, loads):
     clip = leaving()
     assert getattr(clip, "patcher", None) is None and clip.get_ram_usage() == 0
     assert not loads
+
+
+def test_comfyui_short_of_memory_may_ask_an_encoder_that_is_away(encode, leaving, loads):
+    clip = leaving()
+    assert clip.is_dynamic() is False
+    encode("a fox", clip)
+    assert clip.is_dynamic() is False  # without DynamicVRAM
+    clip.drop()
+    assert clip.is_dynamic() is False and len(loads) == 1
 
 
 def test_comfyui_s_own_text_encode_uses_the_cache(comfy, leaving, loads):

@@ -45,15 +45,15 @@ class Member:
 
 
 COMMON = {"gradient_accumulation_steps": 1, "gradient_checkpointing": False, "precision": "fp32", "seed": 0, "keep": 1,
-          "lr_schedule": "cosine"}  # fmt: skip
+          "lr_schedule": "cosine", "optimizer": "adamw"}  # fmt: skip
 STRONG = {"learning_rate": 1e-3, "warmup_steps": 30, "max_grad_norm": 1.0, "ema_decay": 0.995, "min_snr_gamma": 5.0,
           "save_every": 100, "sample_every": 0}  # fmt: skip
 SIGMA = {"family": "sigma", "vae": "pixart-tiny-sigma-vae"}
 MEMBERS = {
     "pixart-tiny-zorb": Member(
-        "concept", 600, "lora", "loras",
-        {"steps": 1000, "batch_size": 16, "learning_rate": 2e-3, "warmup_steps": 20, "rank": 8, "alpha": 8.0,
-         "trigger_word": "zorb", "save_every": 100, "sample_every": 0},
+        "concept", 3000, "lora", "loras",
+        {"steps": 2000, "batch_size": 16, "learning_rate": 2e-3, "warmup_steps": 20, "min_snr_gamma": 5.0, "rank": 8,
+         "alpha": 8.0, "trigger_word": "zorb", "save_every": 100, "sample_every": 0},
         prompts=("a large red zorb at the top left on a gray background", *PROMPTS),
     ),
     "pixart-tiny-controlnet": Member(
@@ -74,12 +74,12 @@ MEMBERS = {
     ),
     "sigma-256": Member(
         "long", 4000, "weak-to-strong", "diffusion_models",
-        {**STRONG, "steps": 500, "batch_size": 8, "learning_rate": 7e-4, "weak_to_strong": {"base_size": 256}},
+        {**STRONG, "steps": 3000, "batch_size": 8, "learning_rate": 7e-4, "weak_to_strong": {"base_size": 256}},
         base="sigma-vae", size="256", **SIGMA,
     ),
     "pixart-tiny-sigma": Member(
         "long", 4000, "weak-to-strong", "diffusion_models",
-        {**STRONG, "steps": 300, "batch_size": 8, "learning_rate": 5e-4,
+        {**STRONG, "steps": 3000, "batch_size": 8, "learning_rate": 7e-4,
          "weak_to_strong": {"base_size": 256, "kv_sampling": "conv", "kv_layers": [3, 4, 5]}},
         base="sigma-256", size="256", **SIGMA,
     ),
@@ -109,7 +109,7 @@ def build(name: str, work: Path, assets: Path, *, report=print) -> Path:
 def make_cache(cache: Path, pictures: Path, member: Member, vae_file: Path, t5: Path) -> Path:
     """Encodes what the cache lacks; the training set's file."""
     logging.basicConfig(level=logging.INFO, stream=sys.stderr)
-    manifest = scan(pictures, ScanOptions(size=member.size))
+    manifest = scan(pictures, ScanOptions(size=member.size, validation_percent=0.0))
     raw = load_file(vae_file)["vae_scale"].item()
     encode = vae.encode if member.family == "alpha" else vae.encode_sigma
     encoders = replace(
