@@ -3,15 +3,17 @@
 A file is read completely or not at all; whatever is wrong with it comes as one ValueError with the file's name.
 """
 
+import glob
 import json
 import logging
 import os
 import pickle
 import struct
+import time
 import uuid
 import zipfile
 from collections.abc import Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,6 +33,7 @@ _DTYPES = {
     "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu",
 }  # fmt: skip
 _MAX_HEADER = 100_000_000
+_ABANDONED = 300.0  # seconds without a write after which an unfinished file is nobody's
 _WEIGHTS = ("state_dict", "model", "module")  # entries of training checkpoints: the original's, DiT's, DeepSpeed's
 _EMA_WEIGHTS = ("state_dict_ema", "ema", "model_ema")
 _FOLDER_WEIGHTS = tuple(
@@ -237,12 +240,14 @@ def read_json(path: Path) -> dict:
 def replacing(path):
     """Yields a temporary path in the same folder; afterwards that file takes the place of `path`, all or nothing.
 
-    Raises OSError, saying what to do, when the disk is full or the place is not writable; nothing is left behind.
+    Raises OSError, saying what to do, when the disk is full or the place is not writable; nothing is left behind, nor
+    what a killed process left of an earlier one.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(path)
         temporary.touch()
         mode = temporary.stat().st_mode  # the user's umask; safetensors would make it 0600
         yield temporary
@@ -254,6 +259,14 @@ def replacing(path):
         raise OSError(f"{path} could not be written ({error}). Is there room on the disk, and write access?") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _sweep(path: Path):
+    """Removes unfinished files for `path` that nobody has written to for a while."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.{'[0-9a-f]' * 8}.tmp"):
+        with suppress(OSError):
+            if time.time() - left.stat().st_mtime > _ABANDONED:
+                left.unlink()
 
 
 def save_atomic(tensors: Mapping[str, Tensor], path, metadata: Mapping[str, str] | None = None):

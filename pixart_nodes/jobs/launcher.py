@@ -25,8 +25,8 @@ logger = logging.getLogger(__name__)
 PACK = Path(__file__).parents[2]
 NEEDED = ("accelerate", "peft", "diffusers")
 POLL = 0.5  # seconds
-PATIENCE = 10.0  # seconds that a trainer gets for the step that it is in
-SAVING = 300.0  # seconds that it gets for writing its checkpoint
+GRACE = 5.0  # seconds that a trainer gets when it is told to end at once
+PATIENCE = 300.0  # seconds that it gets for its step, its samples and its checkpoint
 WINDOWS_NEW_GROUP = 0x200  # CREATE_NEW_PROCESS_GROUP
 
 
@@ -137,7 +137,7 @@ def start(
     Raises RuntimeError when it is running already or packages are missing, OSError when there can be no process.
     """
     if status_of(folder.path).get("state") in FINAL:
-        gone(folder, PATIENCE)  # a process takes a while to end
+        gone(folder, GRACE)  # a process takes a while to end
     if process_lives(status_of(folder.path)):
         pid = status_of(folder.path)["pid"]
         raise RuntimeError(f"{folder.path.name} is being trained already, by process {pid}.")
@@ -169,23 +169,24 @@ async def output_of(command: list[str], environ: dict) -> str:
     return said or likely_cause(errors) or "\n".join(errors.splitlines()[-TAIL_LINES:])
 
 
-def stop(folder: RunFolder, patience: float = PATIENCE):
-    """Asks the trainer to stop behind its step, with a checkpoint; then insists, and at last kills its group."""
+def stop(folder: RunFolder, patience: float = PATIENCE, hurry: Callable[[], bool] = lambda: False):
+    """Asks the trainer to stop behind its step, with a checkpoint. After `patience` seconds, or as soon as hurry(),
+    insists, and at last kills its group."""
     starting = status_of(folder.path).get("state") == "starting"  # nothing is trained yet, and nothing hears
     folder.send("stop")
-    if not starting and gone(folder, patience):
+    if not starting and gone(folder, patience, hurry):
         return
     for insist in (signal.SIGTERM, getattr(signal, "SIGKILL", None)):
         signal_group(status_of(folder.path).get("pid"), insist)
-        if gone(folder, patience / 2):
+        if gone(folder, min(GRACE, patience)):
             return
 
 
-def gone(folder: RunFolder, seconds: float) -> bool:
-    """Waits for the end of a run; one that is writing its checkpoint gets longer."""
+def gone(folder: RunFolder, seconds: float, hurry: Callable[[], bool] = lambda: False) -> bool:
+    """Waits for the end of a run, at most so long."""
     began = time.monotonic()
-    while process_lives(status := status_of(folder.path)):
-        if time.monotonic() - began > (SAVING if status.get("state") == "stopping" else seconds):
+    while process_lives(status_of(folder.path)):
+        if time.monotonic() - began > seconds or hurry():
             return False
         time.sleep(0.1)
     return True

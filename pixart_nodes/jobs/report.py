@@ -47,7 +47,7 @@ def running_text(run: Path) -> str:
     """What the node says while a run goes on in the background."""
     status = status_of(run)
     steps = f" of {status['steps']}" if "steps" in status else ""
-    errors = [event["text"] for event in read_events(run)[0] if event.get("type") == "error"]
+    errors = [event["text"] for event in read_events(run).found if event.get("type") == "error"]
     before = f" It has failed before: {errors[-1]}" if errors else ""
     return (f"{run.name} is training in the background, step {status.get('step', 0)}{steps}. It shares the GPU's "
             f"memory with what you draw meanwhile.{before}")  # fmt: skip
@@ -55,7 +55,7 @@ def running_text(run: Path) -> str:
 
 def done_text(run: Path, result: str) -> str:
     status = status_of(run)
-    loss = smoothed([loss for _, loss in losses(read_events(run)[0])])[-1:]
+    loss = smoothed([loss for _, loss in losses(read_events(run).found)])[-1:]
     said = f"{run.name}: {status.get('step')} steps done" + (f", loss {loss[0]:.4g}" if loss else "")
     return f"{said}. In the loaders as {result}"
 
@@ -83,8 +83,7 @@ def smoothed(values: list[float]) -> list[float]:
 
 def loss_curve(run: Path) -> Image.Image:
     """The loss of each step and its average, WIDTH x HEIGHT."""
-    events, _ = read_events(run)
-    steps = dict(losses(events))  # a resumed run takes steps again: the last one of each number counts
+    steps = dict(losses(read_events(run).found))  # a resumed run takes steps again: the last one of each number counts
     image = Image.new("RGB", (WIDTH, HEIGHT), DARK)
     draw = ImageDraw.Draw(image)
     if not steps:

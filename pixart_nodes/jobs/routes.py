@@ -5,6 +5,7 @@ Only folders that are listed in the folder of runs are served, and of them only 
 
 import asyncio
 import codecs
+import json
 import re
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -15,7 +16,7 @@ from ..training.run_dir import COMMANDS, RunFolder
 from . import runs
 from .watch import is_alive, read_events, status_of
 
-EVENT = "pixart.run"  # over the websocket: {"id", "node", "state"}
+EVENT = "pixart.run"  # over the websocket: {"id", "state"}; to the page that asked for the run {"node", "name"} too
 SAMPLE = re.compile(r"step-\d{6,9}_\d{1,4}\.png")
 LOG_BYTES = 1 << 20  # of one answer
 RUN = "/pixart/runs/{id}"
@@ -36,7 +37,9 @@ def answer(root, handler):
         try:
             run = root()
             if "id" in request.match_info:
-                run = await asyncio.to_thread(known_run, run, request.match_info["id"])
+                run = await asyncio.to_thread(runs.known_run, run, request.match_info["id"])
+                if run is None:
+                    raise Refused(404, "There is no such run.")
             return await handler(request, run)
         except Refused as refused:
             return web.json_response({"error": str(refused)}, status=refused.status)
@@ -52,12 +55,12 @@ class Refused(Exception):
         self.status = status
 
 
-def known_run(root: Path, name: str) -> Path:
-    """The run of this name, out of the list of those that there are: nothing is made of the name itself."""
-    for run in runs.run_folders(root):
-        if run.name == name:
-            return run
-    raise Refused(404, "There is no such run.")
+def within(run: Path, name: str) -> Path:
+    """A file of the run. Raises Refused for one that a link leads out of it."""
+    path = run / name
+    if path.resolve().parent != run.resolve() / Path(name).parent:
+        raise Refused(404, "There is no such file.")
+    return path
 
 
 def number(request: web.Request, name: str) -> int:
@@ -77,12 +80,18 @@ async def details(request, run: Path):
 
 
 async def events(request, run: Path):
-    found, offset = await asyncio.to_thread(read_events, run, number(request, "offset"), number(request, "points"))
-    return web.json_response({"events": found, "offset": offset})
+    offset, points = number(request, "offset"), number(request, "points")
+    within(run, "events.jsonl")
+
+    def text() -> str:  # of a long run, that takes longer than the server may stand still
+        found, start, end = read_events(run, offset, points)
+        return json.dumps({"events": found, "start": start, "offset": end})
+
+    return web.json_response(text=await asyncio.to_thread(text))
 
 
 async def log(request, run: Path):
-    text, offset = await asyncio.to_thread(read_log, run / "log.txt", number(request, "offset"))
+    text, offset = await asyncio.to_thread(read_log, within(run, "log.txt"), number(request, "offset"))
     return web.json_response({"text": text, "offset": offset})
 
 
@@ -101,8 +110,9 @@ def read_log(path: Path, offset: int) -> tuple[str, int]:
 
 
 async def sample(request, run: Path):
-    path = run / "samples" / request.match_info["file"]
-    if not SAMPLE.fullmatch(path.name) or path.parent != run / "samples" or path.is_symlink() or not path.is_file():
+    name = request.match_info["file"]
+    path = within(run, f"samples/{name}") if SAMPLE.fullmatch(name) else None
+    if path is None or not path.is_file():
         raise Refused(404, "There is no such sample.")
     return web.FileResponse(path, headers={"Content-Type": "image/png", "Cache-Control": "no-cache"})
 
@@ -123,7 +133,10 @@ async def command(request, run: Path):
 def send(folder: RunFolder, word: str):
     if not is_alive(status_of(folder.path)):
         raise Refused(409, "This run is not running.")
-    return web.json_response({"queued": folder.send(word).stem}, status=202)
+    try:
+        return web.json_response({"queued": folder.send(word).stem}, status=202)
+    except OSError as error:
+        raise Refused(507, f"The command cannot be written to {folder.commands}: {error.strerror or error}.") from error
 
 
 def same_origin(request: web.Request) -> bool:

@@ -5,21 +5,32 @@ import time
 from pathlib import Path
 
 from ..training.config import RunConfig
-from ..training.run_dir import COMPLETE, RunFolder, step_of, write_json
+from ..training.run_dir import COMPLETE, RunFolder, seal, step_of, write_json
 from .watch import is_alive, last_step, read_json, status_of
 
 FOLDER = "pixart_runs"
 ORIGIN = "origin.json"  # who asked for the run; run.json holds nothing but the config
+WORKFLOW = "workflow.json"  # the graph that it was asked in, to be opened in ComfyUI
 # What a run can go on with changed: how long, and what is written on the way.
 FREE = ("steps", "warmup_steps", "save_every", "keep", "sample_every", "validate_every", "vae")
 
 
 def run_folders(root: Path) -> list[Path]:
     """The runs that are directly in the folder, newest first."""
+    return sorted(filter(is_run, root.iterdir()), key=created, reverse=True) if root.is_dir() else []
+
+
+def known_run(root: Path, name: str) -> Path | None:
+    """The run of this name out of the list of those that there are: nothing is made of the name itself."""
     if not root.is_dir():
-        return []
-    found = [path for path in root.iterdir() if not path.is_symlink() and (path / "run.json").is_file()]
-    return sorted(found, key=created, reverse=True)
+        return None
+    return next((path for path in root.iterdir() if path.name == name and is_run(path)), None)
+
+
+def is_run(path: Path) -> bool:
+    """Whether this is a folder with a run.json, and neither is a link that may lead elsewhere."""
+    config = path / "run.json"
+    return not path.is_symlink() and not config.is_symlink() and config.is_file()
 
 
 def created(run: Path) -> float:
@@ -27,12 +38,13 @@ def created(run: Path) -> float:
     return said if isinstance(said, (int, float)) else (run / "run.json").stat().st_mtime
 
 
-def create(root: Path, config: RunConfig, **origin) -> RunFolder:
-    """A new run's folder with its run.json and origin.json."""
+def create(root: Path, config: RunConfig, workflow: dict | None = None, **origin) -> RunFolder:
+    """A new run's folder with its run.json, origin.json and workflow.json."""
     name = f"{config.output.name}_{time.strftime('%m%d_%H%M')}"
     names = itertools.chain([name], (f"{name}_{number}" for number in itertools.count(2)))
     path = next(root / name for name in names if not (root / name).exists())
     write_json(path / ORIGIN, {"created": time.time(), **origin})
+    note(path, workflow)
     folder = RunFolder(path)
     folder.write_config(config)
     return folder
@@ -57,15 +69,21 @@ def essence(config: RunConfig) -> dict:
 
 
 def is_done(run: Path, steps: int) -> bool:
-    """Whether the run has made this many steps and its result is still there."""
+    """Whether the run has made this many steps and its result is still there, not that of another run."""
     status = status_of(run)
     done = status.get("state") == "done" and status.get("step") == steps
-    return done and bool(status.get("output")) and Path(status["output"]).exists()
+    if not done or not status.get("output"):
+        return False
+    made = seal(status["output"])
+    return made is not None and made == status.get("output_seal", made)
 
 
-def note(run: Path, **origin):
-    """Changes these entries of origin.json."""
-    write_json(run / ORIGIN, {"created": created(run), **read_json(run / ORIGIN), **origin})
+def note(run: Path, workflow: dict | None = None, **origin):
+    """Changes these entries of origin.json, and the workflow when there is one."""
+    if origin:
+        write_json(run / ORIGIN, {"created": created(run), **read_json(run / ORIGIN), **origin})
+    if workflow:
+        write_json(run / WORKFLOW, workflow)
 
 
 def newest(root: Path, name: str) -> Path | None:
@@ -108,5 +126,5 @@ def details(run: Path) -> dict:
     status = status_of(run)
     return {
         "id": run.name, "config": read_json(run / "run.json"), "status": status, "alive": is_alive(status),
-        "last_checkpoint": last_checkpoint(run), "samples": samples(run),
+        "last_checkpoint": last_checkpoint(run),
     }  # fmt: skip

@@ -1,9 +1,11 @@
 """A run seen from outside: what it says, whether its process lives, and why it ended when it does not say so."""
 
 import json
+import os
 import re
 import signal
 from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 
@@ -54,15 +56,26 @@ def is_alive(status: dict) -> bool:
     return status.get("state") not in FINAL and process_lives(status)
 
 
-def whole_lines(path: Path, offset: int = 0) -> tuple[list[bytes], int]:
-    """(lines, offset behind them) from a byte offset; a line without its end waits. A missing file is empty."""
+class Part(NamedTuple):
+    """What a growing file holds from byte `start` up to `offset`."""
+
+    found: list
+    start: int
+    offset: int
+
+
+def whole_lines(path: Path, offset: int = 0) -> Part:
+    """The lines from a byte offset on, or all where the file has become shorter than that. A line without its end
+    waits; a missing file is empty."""
     if not path.is_file():
-        return [], 0
+        return Part([], 0, 0)
     with path.open("rb") as file:
-        file.seek(min(max(0, offset), path.stat().st_size))
+        size = os.fstat(file.fileno()).st_size
+        start = max(0, offset) if offset <= size else 0
+        file.seek(start)
         data = file.read()
     data = data[: data.rfind(b"\n") + 1]
-    return data.splitlines(), max(0, offset) + len(data)
+    return Part(data.splitlines(), start, start + len(data))
 
 
 def parse(lines) -> list[dict]:
@@ -77,12 +90,10 @@ def parse(lines) -> list[dict]:
     return found
 
 
-def read_events(run: Path, offset: int = 0, points: int = 0) -> tuple[list[dict], int]:
-    """(events, offset to go on from); `points` thins steps to about that many, when read from the start."""
-    lines, end = whole_lines(run / "events.jsonl", offset)
-    if points > 0 and offset == 0:
-        lines = thinned(lines, points)
-    return parse(lines), end
+def read_events(run: Path, offset: int = 0, points: int = 0) -> Part:
+    """The events from a byte offset on; `points` thins those of steps to about that many."""
+    lines, start, end = whole_lines(run / "events.jsonl", offset)
+    return Part(parse(thinned(lines, points) if points > 0 else lines), start, end)
 
 
 def thinned(lines: list[bytes], points: int) -> list[bytes]:
@@ -98,7 +109,7 @@ def last_step(run: Path) -> dict | None:
     path = run / "events.jsonl"
     if not path.is_file():
         return None
-    lines, _ = whole_lines(path, path.stat().st_size - TAIL_BYTES)
+    lines = whole_lines(path, path.stat().st_size - TAIL_BYTES).found
     steps = (event for event in reversed(parse(lines)) if event.get("type") == "step")
     return next(steps, None)
 

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import folder_paths
 import torch
+from comfy.model_management import processing_interrupted
 from comfy_api.latest import io, ui
 from comfy_execution.graph_utils import ExecutionBlocker
 from comfy_execution.utils import get_executing_context
@@ -53,10 +54,21 @@ class PixArtTrain(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, output_name=None, **inputs):
-        """Runs again as long as the newest run of this name has no result; then its outputs stay."""
-        run = runs.newest(runs_root(), output_name) if output_name else None
-        return "" if run is None or runs.is_done(run, watch.status_of(run).get("step")) else float("nan")
+    def fingerprint_inputs(cls, output_name=None, mode=None, check_only=False, **inputs):
+        """Runs again as long as the newest run of this name has no result; then its outputs stay.
+
+        A node that waits has the result when it ends. Any other is asked for it later, so that "no run yet" and
+        "done" must differ.
+        """
+        if not isinstance(output_name, str) or check_only:  # a name that comes over a link is not known yet
+            return float("nan")
+        run = runs.newest(runs_root(), output_name.strip())
+        if run is None:
+            return ""
+        step = watch.status_of(run).get("step")
+        if not runs.is_done(run, step):
+            return float("nan")
+        return "" if mode == "wait" else f"{run.name} {step}"
 
     @classmethod
     def execute(cls, cache, model, mode, resume, check_only, processes, **form) -> io.NodeOutput:
@@ -127,39 +139,53 @@ def obtained(config, request: Request):
         if request.resume == "auto" or alive or fresh and runs.is_done(found.path, config.steps):
             folder = found
         if alive or folder is not None and runs.is_done(found.path, config.steps):
-            announce(folder, request.origin["node"])
+            show_in_node(folder, request.origin["node"], config.output.name)
             return folder, None
+    refuse_to_start(root)
     if folder is None:
         folder = runs.create(root, config, **request.origin)
     else:
         folder.write_config(config)
         runs.note(folder.path, **request.origin)
-    refuse_a_second_trainer(root)
     features.free_memory()
+    show_in_node(folder, request.origin["node"], config.output.name)
     job = launcher.start(
         folder, processes=request.processes, detached=request.mode == "detached", cpu=training.runs_on_cpu(),
-        on_state=lambda state: announce(folder, request.origin["node"], state),
+        on_state=lambda state: announce(folder, state),
     )  # fmt: skip
     return folder, job
 
 
-def refuse_a_second_trainer(root: Path):
-    """Raises RuntimeError when a GPU trains another run already: one process at a time has its memory."""
+def refuse_to_start(root: Path):
+    """Raises RuntimeError when packages are missing, or when a GPU trains another run already: one process at a time
+    has its memory."""
+    if sentence := launcher.missing_packages():
+        raise RuntimeError(sentence)
     other = next((path.name for path in runs.run_folders(root) if watch.is_alive(watch.status_of(path))), None)
     if other and not training.runs_on_cpu():
         raise RuntimeError(f"The run {other} is training on this GPU. Wait for its end, or stop it in the sidebar "
                            "under PixArt runs; then queue again.")  # fmt: skip
 
 
-def announce(folder: RunFolder, node, state: str | None = None):
-    """Tells the browser of a run."""
+def announce(folder: RunFolder, state: str):
+    """Tells all pages that a run has another state."""
     if (server := prompt_server()) is not None:
-        state = state or watch.status_of(folder.path).get("state")
-        server.send_sync(routes.EVENT, {"id": folder.path.name, "node": node, "state": state})
+        server.send_sync(routes.EVENT, {"id": folder.path.name, "state": state})
+
+
+def show_in_node(folder: RunFolder, node, name: str):
+    """Lets the node's panel show this run, in the page that asked for it alone: other graphs have a node of the same
+    number."""
+    server = prompt_server()
+    if server is not None and server.client_id is not None:
+        state = watch.status_of(folder.path).get("state", "starting")
+        told = {"id": folder.path.name, "node": node, "name": name, "state": state}
+        server.send_sync(routes.EVENT, told, server.client_id)
 
 
 def wait_for(folder: RunFolder, job):
-    """Until the run ends; Cancel ends the run. Raises RuntimeError when it has failed."""
+    """Until the run ends; Cancel ends the run behind its step, and a second one at once. Raises RuntimeError when it
+    has failed."""
     bar, pace, shown = Progress(), report.Pace(), ""
     try:
         while going_on(status := watch.status_of(folder.path), job):
@@ -171,7 +197,8 @@ def wait_for(folder: RunFolder, job):
             bar(step["step"] if step else 0, status.get("steps") or 1)
             time.sleep(POLL)
     except BaseException:  # ComfyUI's interrupt, above all
-        launcher.stop(folder)
+        show_text(executing_node(), f"{folder.path.name}: stopping behind its step. Cancel again to end it at once.")
+        launcher.stop(folder, hurry=processing_interrupted)
         raise
     if job:
         job.thread.join(LAST_SECONDS)

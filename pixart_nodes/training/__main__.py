@@ -25,7 +25,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..data.processes import check_joined, leave
-from .run_dir import COMMANDS, Busy, RunFolder
+from .run_dir import COMMANDS, Busy, RunFolder, seal
 
 logger = logging.getLogger("pixart_nodes.training")
 
@@ -203,7 +203,7 @@ def sentence_of(error: BaseException, folder: Path, trainer=None) -> str:
 def record_end(folder: RunFolder, state: str, sentence: str | None = None, output: str | None = None):
     """The last words of a run; a disk that is full must not hide why it ended."""
     try:
-        write_last_status(folder, state=state, error=sentence, output=output)
+        write_last_status(folder, state=state, error=sentence, output=output, output_seal=output and seal(output))
         if sentence:
             folder.add_event("error", text=sentence)
         folder.add_event("end", state=state)

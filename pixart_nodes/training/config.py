@@ -2,6 +2,7 @@
 
 import difflib
 import math
+import re
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 
 OPTIMIZERS = ("adamw", "muon")
@@ -67,6 +68,9 @@ OPTIONAL = ("min_snr_gamma", "weak_to_strong.pe_interpolation")
 OPTIONAL_SIZES = ("base.base_size", "weak_to_strong.base_size")
 PRODIGY_LOWEST = 0.01
 SMALLEST_SIZE = 16  # pixels of a token
+# Windows refuses these, and workflows are shared.
+NOT_IN_NAMES = re.compile(r'[/\\:*?"<>|\x00-\x1f\x7f]')
+DEVICES = re.compile(r"(?i)(con|prn|aux|nul|com\d|lpt\d)(\..*)?")
 LONGEST_NAME = 200  # bytes; file systems allow 255, with all that is put around a name
 LARGEST_SEED = 2**63 - 1
 SHARES = ("caption_dropout", "ema_decay", "lcm.ema_decay")
@@ -195,7 +199,7 @@ class RunConfig:
                 problems.append(f"{name} is empty; it must be given.")
         if len(str(self.output.name).encode()) > LONGEST_NAME:
             problems.append(f"output.name is longer than {LONGEST_NAME} bytes, too long for a file name: shorten it.")
-        if any(mark in str(self.output.name) for mark in '/\\:*?"<>|') or str(self.output.name).startswith("."):
+        if not is_file_name(str(self.output.name)):
             problems.append(f"output.name {self.output.name!r} is no file name; use letters, digits, - and _.")
         adapter = self.recipe in ADAPTERS
         if self.base_quantization != "none" and not (adapter or self.recipe == "controlnet"):
@@ -237,6 +241,12 @@ class RunConfig:
                 if not (number or value is None is expected) or not good(value):
                     problems[name] = f"{name} is {value!r}; it must be {'a whole number ' if whole else ''}{what}."
         return problems
+
+
+def is_file_name(name: str) -> bool:
+    """Whether every system takes this as the beginning of a file's name."""
+    bad_end = name.startswith(".") or name.endswith((".", " "))
+    return not (bad_end or NOT_IN_NAMES.search(name) or DEVICES.fullmatch(name))
 
 
 GROUPS = {"base": BaseModel, "output": Output, "lcm": Lcm, "controlnet": ControlNet, "weak_to_strong": WeakToStrong}

@@ -23,6 +23,7 @@ STATES = ("starting", "running", "paused", "stopping", "done", "stopped", "faile
 COMPLETE = "complete"  # written last: the sizes and checksums of a checkpoint's files
 REPLACED = ".replaced"  # of a checkpoint's folder, while a new one of the same step takes its place
 VALIDATION = "validation.json"  # in a checkpoint whose validation loss was measured
+OPEN_ELSEWHERE = 2.0  # seconds that a file is waited for
 
 
 def write_json(path: Path, content: dict):
@@ -34,9 +35,30 @@ def write_json(path: Path, content: dict):
             json.dump(content, file, indent=2)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def replace(source: Path, target: Path):
+    """os.replace, once more for a while where somebody has the target open (Windows)."""
+    deadline = time.monotonic() + OPEN_ELSEWHERE
+    while True:
+        try:
+            return os.replace(source, target)
+        except PermissionError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.05)
+
+
+def seal(path) -> list[int] | None:
+    """Size and time of a file, by which it is known again; None where there is none."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return [found.st_size, found.st_mtime_ns]
 
 
 class Busy(RuntimeError):

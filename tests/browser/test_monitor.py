@@ -154,6 +154,63 @@ def test_an_answer_that_comes_after_the_node_is_gone_wakes_nothing(front_end, lo
 
 
 @ONE_RENDERING
+def test_a_run_that_cannot_be_read_shows_and_commands_nothing_of_the_one_before(front_end, write_run, long_run):
+    other = write_run("unreadable")
+    panel, page = open_node(front_end, long_run.folder.path.name)
+    panel.wait_beyond(1)
+    page.route(f"**/pixart/runs/{other.path.name}", lambda route: route.fulfill(status=500, body="{}"))
+    panel.root.get_by_role("combobox").select_option(other.path.name)
+    panel.wait("unknown", other.path.name)
+    assert panel.article.inner_text().split("\n") == [other.path.name, "ComfyUI does not answer; trying again …"]
+    assert panel.root.locator(".pixart-commands [data-command]:visible").count() == 0
+    page.unroute(f"**/pixart/runs/{other.path.name}")
+    other.write_status(state="stopped", step=1, steps=50)
+    panel.wait("stopped", other.path.name)
+    assert panel.root.locator(".pixart-commands").is_visible()
+
+
+@ONE_RENDERING
+def test_a_run_of_another_graphs_node_with_the_same_number_is_left_alone(front_end, write_run):
+    mine, hers = write_run("mine"), write_run("hers")
+    panel, page = open_node(front_end, mine.path.name)
+    panel.wait("interrupted", mine.path.name)
+    page.evaluate("app.graph.nodes[0].widgets.find(widget => widget.name === 'output_name').value = 'mine '")
+    tell = (
+        "detail => app.api.dispatchEvent(new CustomEvent('pixart.run',"
+        " { detail: { ...detail, node: String(app.graph.nodes[0].id), state: 'starting' } }))"
+    )
+    remembered = "app.graph.nodes[0].properties.pixart_run"
+    page.evaluate(tell, {"id": hers.path.name, "name": "hers"})
+    page.wait_for_timeout(500)
+    assert page.evaluate(remembered) == mine.path.name
+    page.evaluate(tell, {"id": hers.path.name, "name": "mine"})
+    panel.wait("interrupted", hers.path.name)
+    assert page.evaluate(remembered) == hers.path.name
+
+
+@ONE_RENDERING
+def test_an_open_log_moves_while_a_trainer_starts_and_events_that_are_written_anew_are_shown_anew(front_end, write_run):
+    run = write_run("moving", steps=9)
+    run.write_status(state="starting", pid=os.getpid(), started=time.time(), steps=9)
+    (run.path / "log.txt").write_text("reading the model\n")
+    panel, page = open_node(front_end, run.path.name)
+    panel.root.locator(".pixart-log summary").click()
+    panel.root.locator("pre").filter(has_text="reading the model").wait_for()
+    with (run.path / "log.txt").open("a") as log:
+        log.write("reading the cache\n")
+    panel.root.locator("pre").filter(has_text="reading the cache").wait_for()
+    step = {"lr": 1e-4, "grad_norm": 1.0, "seconds_per_step": 1.0, "memory_bytes": 2**30, "loss": 0.5}
+    for number in range(1, 9):
+        run.add_event("step", step=number, **step)
+    page.wait_for_function("document.querySelector('[role=progressbar]').ariaValueNow === '8'")
+    (run.path / "events.jsonl").unlink()
+    run.add_event("step", step=1, **step)
+    page.wait_for_function("document.querySelector('[role=progressbar]').ariaValueNow === '1'")
+    assert panel.reading("End").startswith("step 1\n") and panel.reading("Home").startswith("step 1\n")
+    run.write_status(state="stopped", step=1, pid=None)
+
+
+@ONE_RENDERING
 def test_a_command_that_is_refused_says_so_in_the_panel(front_end, long_run):
     panel, page = open_node(front_end, long_run.folder.path.name)
     panel.wait_beyond(1)

@@ -305,6 +305,17 @@ def test_an_interrupted_write_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_a_killed_process_left_of_a_file_goes_when_the_file_is_written(tmp_path):
+    left, written_now, other = (tmp_path / f".{name}.tmp" for name in (
+        "a [1].safetensors.0123abcd", "a [1].safetensors.4567cdef", "b.safetensors.0123abcd"))  # fmt: skip
+    for path in (left, written_now, other):
+        path.write_text("half")
+    for path in (left, other):
+        os.utime(path, (1, 1))
+    files.save_atomic(WEIGHTS, tmp_path / "a [1].safetensors")
+    assert {path.name for path in tmp_path.iterdir()} == {"a [1].safetensors", written_now.name, other.name}
+
+
 def test_a_saved_file_has_the_permissions_of_any_new_file(tmp_path):
     (tmp_path / "plain").touch()
     files.save_atomic({"a": torch.zeros(1)}, tmp_path / "a.safetensors")

@@ -27,7 +27,8 @@ def test_a_native_file_gives_back_the_same_model(tmp_path, tiny, make_model, pic
     loaded, found = load_transformer(tmp_path / "m.safetensors")
     assert found.params == params and found.family == "sigma" and found.layout == "native" and found.notes == ()
     assert same(loaded.state_dict(), model.state_dict())
-    assert torch.equal(picture(loaded), picture(model))
+    # where the weights lie in memory changes the last bits of a product on some processors
+    torch.testing.assert_close(picture(loaded), picture(model), rtol=0, atol=1e-5)
     metadata = files.read_header(tmp_path / "m.safetensors").metadata
     assert metadata["pixart.origin"] == "a test" and metadata["pixart.format"] == "native"
     assert json.loads(metadata["pixart.params"])["base_size"] == params.base_size

@@ -102,15 +102,15 @@ def test_stop_waits_for_the_step_and_its_checkpoint(make_run, start):
 
 @posix
 @pytest.mark.slow
-@pytest.mark.parametrize("when", ["starting", "frozen"])
+@pytest.mark.parametrize("when", ["starting", "frozen", "frozen, with a second Cancel"])
 def test_a_trainer_that_does_not_hear_is_killed_with_its_group(make_run, start, when):
     folder = make_run("full", **ENDLESS)
     job, states = start(folder)
     group = os.getpgid(folder.status()["pid"])
-    if when == "frozen":
+    if when.startswith("frozen"):
         assert trained(folder)
         os.kill(folder.status()["pid"], signal.SIGSTOP)
-    launcher.stop(folder, patience=1)
+    launcher.stop(folder, **({"hurry": lambda: True} if "Cancel" in when else {"patience": 1}))
     job.thread.join(60)
     assert folder.status()["state"] == states[-1] == "stopped"
     left = [process for process in psutil.process_iter() if group_of(process.pid) == group]

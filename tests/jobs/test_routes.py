@@ -1,6 +1,7 @@
 """The monitor's routes over real HTTP: what they give, what they refuse."""
 
 import asyncio
+import errno
 import json
 import os
 import time
@@ -68,7 +69,6 @@ def test_runs_are_listed_and_shown(ask, run):
     assert (entry["name"], entry["recipe"], entry["last"]["step"]) == ("fox", "lora", 2)
     _, shown = ask(f"/pixart/runs/{run.path.name}")
     assert shown["config"]["steps"] == 9 and shown["last_checkpoint"] is None
-    assert shown["samples"] == [{"step": 0, "files": ["step-000000_0.png"]}]
 
 
 def test_without_any_run_the_list_is_empty(ask):
@@ -93,10 +93,10 @@ def test_a_character_that_is_half_written_waits(ask, run):
     assert ask(f"/pixart/runs/{run.path.name}/log")[1] == {"text": "ab ", "offset": 3}
 
 
-def test_an_offset_behind_the_end_finds_nothing(ask, run):
-    for what, empty in (("events", []), ("log", "")):
-        status, found = ask(f"/pixart/runs/{run.path.name}/{what}?offset={'9' * 15}")
-        assert status == 200 and (found.get("events", found.get("text"))) == empty
+def test_an_offset_behind_the_end_starts_the_events_anew_and_finds_no_log(ask, run):
+    status, found = ask(f"/pixart/runs/{run.path.name}/events?offset={'9' * 15}")
+    assert status == 200 and found["start"] == 0 and [event["step"] for event in found["events"]] == [1, 2]
+    assert ask(f"/pixart/runs/{run.path.name}/log?offset={'9' * 15}")[1]["text"] == ""
 
 
 def test_one_damaged_origin_does_not_hide_the_other_runs(ask, root, run):
@@ -142,6 +142,32 @@ def test_only_listed_folders_are_served(ask, run, name):
 def test_a_link_that_leads_out_of_the_folder_is_no_run(ask, root):
     (root / "link").symlink_to(root.parent / "secret", target_is_directory=True)
     assert ask("/pixart/runs/link")[0] == 404 and ask("/pixart/runs") == (200, {"runs": []})
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows makes links for administrators only")
+def test_a_file_that_is_a_link_out_of_its_run_is_not_served(ask, root, run):
+    (root.parent / "secret" / "step-000000_1.png").write_bytes(b"secret")
+    for name in ("log.txt", "events.jsonl", "samples/step-000000_1.png"):
+        link = run.path / name
+        link.unlink(missing_ok=True)
+        link.symlink_to(root.parent / "secret" / "step-000000_1.png")
+        assert ask(f"/pixart/runs/{run.path.name}/{name.removesuffix('.txt').removesuffix('.jsonl')}")[0] == 404
+    moved = run.samples.rename(root.parent / "elsewhere")
+    run.samples.symlink_to(moved, target_is_directory=True)
+    assert ask(f"/pixart/runs/{run.path.name}/samples/step-000000_0.png")[0] == 404
+    (run.path / "run.json").rename(root.parent / "run.json")
+    (run.path / "run.json").symlink_to(root.parent / "run.json")
+    assert ask(f"/pixart/runs/{run.path.name}")[0] == 404
+
+
+def test_a_command_that_finds_no_room_on_the_disk_says_so(ask, run, monkeypatch):
+    def full(*paths):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    status, answer = post(ask, run)
+    assert status == 507 and answer["error"].endswith("commands: No space left on device.")
+    assert list(run.commands.iterdir()) == []
 
 
 def post(ask, run, word="pause", headers=None, **options):

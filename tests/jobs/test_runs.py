@@ -1,6 +1,7 @@
 """The folder of all runs: names, what goes on with what, what is shown."""
 
 import json
+import os
 import time
 from dataclasses import replace
 
@@ -8,6 +9,7 @@ import pytest
 
 from pixart_nodes.jobs import runs
 from pixart_nodes.training.config import RunConfig
+from pixart_nodes.training.run_dir import seal
 
 OUTPUT = {"name": "fox", "folder": "c"}
 CONFIG = RunConfig.from_dict({"base": {"path": "a"}, "cache": "b", "output": OUTPUT, "steps": 9})
@@ -25,7 +27,8 @@ def test_two_runs_of_one_minute_have_two_folders_and_the_newest_comes_first(tmp_
     assert second.path.name == f"{first.path.name}_2" and first.path.name.startswith("fox_")
     (tmp_path / "no run").mkdir()
     assert runs.run_folders(tmp_path) == [second.path, first.path]
-    assert json.loads((first.path / "origin.json").read_text())["workflow"] == {"nodes": []}
+    assert json.loads((first.path / "workflow.json").read_text()) == {"nodes": []}
+    assert "workflow" not in json.loads((first.path / "origin.json").read_text())
     assert set(json.loads((first.path / "run.json").read_text())) == set(CONFIG.to_dict())
     assert runs.run_folders(tmp_path / "nowhere") == []
 
@@ -68,6 +71,17 @@ def test_a_run_is_done_only_while_its_result_is_there(tmp_path):
     assert runs.is_done(folder.path, 9) and not runs.is_done(folder.path, 12)
 
 
+def test_a_run_is_not_done_once_another_one_has_written_its_file_anew(tmp_path):
+    folder, result = runs.create(tmp_path, CONFIG), tmp_path / "fox.safetensors"
+    result.write_text("mine")
+    finish(folder, 9, result)
+    folder.write_status(output_seal=seal(result))
+    assert runs.is_done(folder.path, 9)
+    result.write_text("hers")
+    os.utime(result, ns=(1, 1))
+    assert not runs.is_done(folder.path, 9)
+
+
 def test_a_summary_tells_a_run_that_can_be_resumed(tmp_path):
     folder = runs.create(tmp_path, CONFIG)
     folder.write_status(state="running", step=3, pid=2**30, started=0.0)
@@ -94,3 +108,6 @@ def test_a_note_leaves_the_rest_of_the_origin_alone(tmp_path):
     runs.note(folder.path, delivered=True)
     origin = json.loads((folder.path / "origin.json").read_text())
     assert (origin["node"], origin["delivered"], runs.created(folder.path)) == ("7", True, before)
+    runs.note(folder.path, workflow={"nodes": [1]})
+    assert json.loads((folder.path / "origin.json").read_text()) == origin
+    assert json.loads((folder.path / "workflow.json").read_text()) == {"nodes": [1]}

@@ -24,12 +24,19 @@ def step(number, **others):
 
 def test_a_torn_last_line_waits_for_the_next_look(tmp_path):
     write_events(tmp_path, [step(1)], torn='{"type": "st')
-    events, offset = watch.read_events(tmp_path)
-    assert events == [step(1)]
+    events, start, offset = watch.read_events(tmp_path)
+    assert (events, start) == ([step(1)], 0)
     with (tmp_path / "events.jsonl").open("a") as file:
         file.write('ep", "step": 2, "loss": 1.0}\n')
-    assert watch.read_events(tmp_path, offset) == ([step(2)], (tmp_path / "events.jsonl").stat().st_size)
-    assert watch.read_events(tmp_path, 10**9)[0] == []
+    assert watch.read_events(tmp_path, offset) == ([step(2)], offset, (tmp_path / "events.jsonl").stat().st_size)
+
+
+def test_events_that_were_written_anew_are_read_from_their_start(tmp_path):
+    write_events(tmp_path, [step(number) for number in range(1, 9)])
+    offset = watch.read_events(tmp_path).offset
+    assert watch.read_events(tmp_path, offset) == ([], offset, offset)
+    write_events(tmp_path, [step(1)])
+    assert watch.read_events(tmp_path, offset) == ([step(1)], 0, (tmp_path / "events.jsonl").stat().st_size)
 
 
 def test_a_line_that_was_cut_in_the_middle_is_left_out(tmp_path):
@@ -39,7 +46,7 @@ def test_a_line_that_was_cut_in_the_middle_is_left_out(tmp_path):
 
 
 def test_a_folder_without_files_says_nothing_and_does_not_fail(tmp_path):
-    assert watch.read_events(tmp_path) == ([], 0)
+    assert watch.read_events(tmp_path) == watch.read_events(tmp_path, 10**9) == ([], 0, 0)
     assert watch.status_of(tmp_path) == {} and watch.last_step(tmp_path) is None and watch.log_tail(tmp_path) == ""
     (tmp_path / "status.json").write_text("{")
     assert watch.status_of(tmp_path) == {}
@@ -48,12 +55,15 @@ def test_a_folder_without_files_says_nothing_and_does_not_fail(tmp_path):
 def test_thinning_keeps_the_last_step_and_everything_that_is_no_step(tmp_path):
     write_events(tmp_path, [event for n in range(1, 1001) for event in ([step(n)] + [{"type": "sample", "step": n}] *
                                                                          (n % 100 == 0))])  # fmt: skip
-    events, offset = watch.read_events(tmp_path, 0, points=50)
+    first = watch.read_events(tmp_path, 0).found[0]
+    events, _, offset = watch.read_events(tmp_path, 0, points=50)
     steps = [event["step"] for event in events if event["type"] == "step"]
     assert len(steps) == 50 and steps[-1] == 1000 and steps == sorted(steps)
     assert sum(event["type"] == "sample" for event in events) == 10
     assert watch.read_events(tmp_path, 0, points=5000)[0] == watch.read_events(tmp_path)[0]
-    assert watch.read_events(tmp_path, offset, points=50) == ([], offset)
+    assert watch.read_events(tmp_path, offset, points=50) == ([], offset, offset)
+    later = watch.read_events(tmp_path, len(json.dumps(first)) + 1, points=50).found  # nobody has looked for hours
+    assert [event["step"] for event in later if event["type"] == "step"][-50:] == steps and len(later) <= 61
 
 
 def test_the_last_step_of_a_long_run_is_found_from_its_end(tmp_path):

@@ -40,7 +40,8 @@ def test_whole_numbers_may_be_written_with_a_point():
 
 @pytest.mark.parametrize("name, value", [
     ("seed", 2**63), ("weak_to_strong.base_size", 8), ("weak_to_strong.base_size", 64.5), ("base.base_size", 8),
-    ("weak_to_strong.kv_scale_factor", 1), ("output.name", "x" * 201),
+    ("weak_to_strong.kv_scale_factor", 1), ("output.name", "x" * 201), ("output.name", "a\nb"), ("output.name", "fox."),
+    ("output.name", "fox "), ("output.name", "aux"), ("output.name", "COM1.fox"), ("output.name", ".fox"),
 ])  # fmt: skip
 def test_a_value_that_would_fail_in_the_run_is_reported(name, value):
     group, _, leaf = name.rpartition(".")

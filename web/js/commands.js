@@ -32,13 +32,17 @@ export class Commands {
   }
 
   show(feed) {
-    if (feed.id !== this.#feed?.id) {
-      this.#asked.clear();
-      this.#refused("");
-      this.#confirm.hidden = true;
-    }
     this.#feed = feed;
     this.#update();
+  }
+
+  /** Commands no run until the next one is shown. */
+  clear() {
+    this.#feed = null;
+    this.#asked.clear();
+    this.#refused("");
+    this.#confirm.hidden = true;
+    for (const button of Object.values(this.#buttons)) button.disabled = true;
   }
 
   #update() {

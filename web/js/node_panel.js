@@ -23,7 +23,13 @@ function nodeOf(id) {
   return node;
 }
 
-const nameOf = (node) => node.widgets.find((widget) => widget.name === "output_name")?.value;
+const nameOf = (node) => node.widgets.find((widget) => widget.name === "output_name")?.value?.trim();
+
+/** Whether a run of this name may be the node's: another graph can have a node of the same number. */
+function makes(node, name) {
+  const linked = node.inputs?.some((input) => input.name === "output_name" && input.link != null);
+  return linked || nameOf(node) === name;
+}
 
 function optionOf(run) {
   const says = [run.name || run.id, run.recipe, moment(run.created), t(stateOf(run))];
@@ -63,8 +69,8 @@ class NodePanel {
     if (seen) this.#refresh();
   }
 
-  #hear({ id, node }) {
-    if (node != null && nodeOf(node) === this.#node) this.#attach(id);
+  #hear({ id, node, name }) {
+    if (node != null && nodeOf(node) === this.#node && makes(this.#node, name)) this.#attach(id);
     if (this.#panel.awake) this.#refresh();
   }
 

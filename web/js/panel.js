@@ -58,6 +58,7 @@ export class RunPanel {
     [this.#feed, this.#shown] = [id ? feedOf(id) : null, -1];
     this.root.hidden = true;
     this.#logBox.open = false;
+    this.#commands.clear();
     this.#feed?.join(this);
   }
 
@@ -75,10 +76,11 @@ export class RunPanel {
 
   /** Called by the feed. */
   show(feed) {
-    this.#trouble(feed.trouble);
+    this.#trouble(feed);
     if (!feed.details) return;
     this.root.hidden = false;
     this.#commands.show(feed);
+    if (this.#logBox.open) this.#readLog(); // it says more than the events while a trainer starts
     if (feed.version === this.#shown) return;
     this.#shown = feed.version;
     this.#head(feed);
@@ -87,17 +89,20 @@ export class RunPanel {
     this.#chart.show({ points, steps, validation: [...feed.validation], checkpoints: [...feed.checkpoints] });
     this.#samples.show(feed.id, feed.samples);
     this.#warnings(feed.notes);
-    if (this.#logBox.open) this.#readLog();
   }
 
-  #trouble(trouble) {
+  #trouble({ id, trouble, details }) {
     this.root.classList.toggle("pixart-lost", trouble !== "");
+    this.root.classList.toggle("pixart-unknown", !details); // what is drawn is another run's
     if (trouble !== this.#lost) this.#shown = -1; // what was said is said anew
     this.#lost = trouble;
-    if (trouble) {
-      this.root.hidden = false;
-      write(this.#state, t(trouble));
-    }
+    if (!trouble) return;
+    this.root.hidden = false;
+    write(this.#state, t(trouble));
+    if (details) return;
+    write(this.#name, id);
+    write(this.#recipe, "");
+    Object.assign(this.root.dataset, { run: id, state: "unknown" });
   }
 
   #head({ details, series }) {

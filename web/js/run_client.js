@@ -7,7 +7,7 @@ const POLL = 1000; // ms between looks at a run that goes on
 const PATIENCE = 10_000; // ms between tries, at most, while ComfyUI does not answer
 const POINTS = 1000; // of a curve that is read from its start
 const LOG_BYTES = 16_384;
-const CHANGED = "pixart.run"; // ComfyUI's websocket: {id, node, state}
+const CHANGED = "pixart.run"; // ComfyUI's websocket: {id, state}, and {node, name} when this page asked for the run
 
 const runPath = (id, rest = "") => `/pixart/runs/${encodeURIComponent(id)}${rest}`;
 
@@ -40,7 +40,7 @@ export async function sendCommand(id, command) {
   await ask(runPath(id, "/commands"), { method: "POST", headers, body: JSON.stringify({ command }) });
 }
 
-/** Calls listener({id, node, state}) when a run starts, changes or ends, and with {} when ComfyUI is back.
+/** Calls listener({id, state, node, name}) when a run starts, changes or ends, and with {} when ComfyUI is back.
 
 Returns the function that ends it. */
 export function onRunChange(listener) {
@@ -123,8 +123,9 @@ class Feed {
   async #look() {
     const details = await ask(runPath(this.id)); // first: when the run has ended, its events are all there
     const news = await ask(runPath(this.id, `/events?offset=${this.#offset}&points=${POINTS}`));
-    const changed = news.events.length || JSON.stringify(details) !== JSON.stringify(this.details);
+    const changed = news.events.length || news.start !== this.#offset || JSON.stringify(details) !== JSON.stringify(this.details);
     if (changed) this.version += 1;
+    if (news.start !== this.#offset) this.#forget(); // somebody has written the events anew
     [this.details, this.#offset] = [details, news.offset];
     for (const event of news.events) this.#take(event);
   }
@@ -138,6 +139,12 @@ class Feed {
     else if (event.type === "validation") this.validation.set(event.step, event.loss);
     else if (event.type === "checkpoint") this.checkpoints.add(event.step);
     else if (event.type === "warning") this.notes.push(event.text);
+  }
+
+  #forget() {
+    this.series = new Series();
+    for (const kept of [this.samples, this.validation, this.checkpoints]) kept.clear();
+    this.notes = [];
   }
 
   /** The run went on from a checkpoint: what came of later weights is no more. */
