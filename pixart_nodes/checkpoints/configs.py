@@ -19,12 +19,13 @@ _PIPELINES = {"PixArtAlphaPipeline": "alpha", "PixArtSigmaPipeline": "sigma"}
 
 
 def is_pixart_config(config: Mapping) -> bool:
-    """Whether a config.json can belong to a PixArt transformer at all."""
-    if "num_attention_heads" in config:
-        return config.get("_class_name", "PixArtTransformer2DModel") in _DIFFUSERS_CLASSES and (
-            config.get("norm_type", "ada_norm_single") == "ada_norm_single"
-        )
-    return "hidden_size" in config and "caption_channels" in config
+    """Whether a config.json can belong to a PixArt transformer at all. Language models state their heads, too."""
+    if "num_attention_heads" not in config:
+        return "hidden_size" in config and "caption_channels" in config
+    named = config.get("_class_name") in _DIFFUSERS_CLASSES
+    return (named or "_class_name" not in config and "caption_channels" in config) and (
+        config.get("norm_type", "ada_norm_single") == "ada_norm_single"
+    )
 
 
 def is_control_config(config: Mapping) -> bool:
@@ -99,8 +100,10 @@ def from_metadata(metadata: Mapping[str, str] | None) -> dict:
     """What the header of a safetensors file says: our own files say everything, others perhaps the family."""
     metadata = metadata or {}
     if "pixart.params" in metadata:
-        params = json.loads(metadata["pixart.params"])
-        return from_config({**params, "family": metadata.get("pixart.family")})
+        try:
+            return from_config({**json.loads(metadata["pixart.params"]), "family": metadata.get("pixart.family")})
+        except (ValueError, TypeError, AttributeError) as error:
+            raise _damaged(metadata) from error
     architecture = metadata.get("modelspec.architecture", "").lower()
     found = re.search(r"pixart[-_ ]?(alpha|sigma)", architecture)
     return {"family": found[1]} if found else {}
@@ -113,8 +116,13 @@ def params_of(metadata: Mapping[str, str] | None) -> PixArtParams | None:
     try:
         stated = json.loads(metadata["pixart.params"])
         return PixArtParams(**{**stated, "kv_compress": _kv_compress(stated["kv_compress"])})
-    except (TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"The file's header is damaged: pixart.params {metadata['pixart.params']:.80}.") from error
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise _damaged(metadata) from error
+
+
+def _damaged(metadata: Mapping[str, str]) -> ValueError:
+    said = metadata["pixart.params"]
+    return ValueError(f"The file's header is damaged: pixart.params {said:.80}. Download or save the file again.")
 
 
 def from_name(path: str) -> dict:

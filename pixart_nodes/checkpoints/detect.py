@@ -164,9 +164,15 @@ def _num_heads(facts) -> int:
     if heads is None and hidden % HEAD_DIM == 0:
         return hidden // HEAD_DIM
     if heads is None:
-        raise ValueError(f'No tensor tells how many heads a width of {hidden} has: supply config {{"num_heads": n}}.')
-    if hidden % heads:
-        raise ValueError(f"{heads} attention heads do not divide the width of {hidden}.")
+        raise ValueError(
+            f"No tensor tells how many attention heads a width of {hidden} has: put the model's config.json, which "
+            "says num_attention_heads, beside the file."
+        )
+    if not isinstance(heads, int) or heads < 1 or hidden % heads:
+        raise ValueError(
+            f"{heads} attention heads do not divide the width of {hidden}: the file's header, or the config.json "
+            "beside it, is wrong. Download them again."
+        )
     return heads
 
 
@@ -175,18 +181,21 @@ def check_tensors(native: Mapping[str, Tensor], params: PixArtParams, layout: st
     expected = PixArtTransformer(params, device="meta").state_dict()
     missing = [name for name in expected if name not in native and name != Y_EMBEDDING]
     if missing:
-        raise ValueError(f"Incomplete PixArt transformer: {spelled(missing, layout)} missing.")
+        raise ValueError(f"Incomplete PixArt transformer: {spelled(missing, layout)} missing. Download it again.")
     idle = idle_tensors(native, params)
     unknown = [name for name in native if name not in expected and name != POS_EMBED and name not in idle]
     if unknown:
-        raise ValueError(f"Not a known PixArt transformer: it also holds {spelled(unknown, layout)}.")
+        raise ValueError(
+            f"Not a known PixArt transformer: it also holds {spelled(unknown, layout)}. It is one that somebody has "
+            "extended: take a published one, or the files that it is made of."
+        )
     wrong = [
         f"{spelled([name], layout)} is {tuple(native[name].shape)}, expected {tuple(expected[name].shape)}"
         for name in expected
         if name in native and native[name].shape != expected[name].shape
     ]
     if wrong:
-        raise ValueError(f"Wrong shape: {shortened(wrong, 3)}.")
+        raise ValueError(f"Wrong shape: {shortened(wrong, 3)}. Download it again, or a model of one size throughout.")
 
 
 def idle_tensors(native: Mapping[str, Tensor], params: PixArtParams) -> set[str]:

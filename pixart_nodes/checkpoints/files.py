@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import pickle
+import re
 import struct
 import time
 import uuid
@@ -153,11 +154,9 @@ def _read_pickle(path: Path, kind: str):
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=kind == "zip")
     except pickle.UnpicklingError as error:
-        first = str(error).replace("\n", " ")[:300]
-        raise _broken(
-            path, f"it holds more than tensors, or is damaged, and was not executed ({first})",
-            "use a safetensors version of it",
-        ) from error  # fmt: skip
+        asked = re.search(r"GLOBAL ([\w.]+)", str(error))
+        what = f"it holds more than tensors ({asked[1]})" if asked else "it holds more than tensors, or is damaged,"
+        raise _broken(path, f"{what} and was not executed", "use a safetensors version of it") from error
     except (RuntimeError, EOFError, OSError, ValueError, LookupError, AttributeError, TypeError, struct.error) as error:
         raise _broken(path, f"it is damaged ({error!r:.300})", "download or copy it again") from error
 
@@ -171,7 +170,8 @@ def _weights_of(content, ema: bool | None, path: Path) -> dict[str, Tensor]:
     names = _EMA_WEIGHTS if ema else _WEIGHTS
     inner = next((content[name] for name in names if isinstance(content.get(name), Mapping)), None)
     if ema and inner is None:
-        raise ValueError(f"{path.name} has no EMA weights ({' or '.join(_EMA_WEIGHTS)}): load it with ema off.")
+        held = " or ".join(_EMA_WEIGHTS)
+        raise ValueError(f"{path.name} has no EMA weights ({held}): set `weights` to model.")
     tensors = content if inner is None else inner
     tensors = {name: t for name, t in tensors.items() if isinstance(t, Tensor) and isinstance(name, str)}
     if not tensors:
@@ -184,7 +184,7 @@ def _load_folder(path: Path, ema: bool | None, is_ours) -> Loaded:
     """A diffusers model folder, or the pipeline folder above it."""
     folder = path if (path / "config.json").is_file() or not (path / "transformer").is_dir() else path / "transformer"
     if ema:
-        raise ValueError(f"{folder.name} is a diffusers folder, which has no EMA weights: load it with ema off.")
+        raise ValueError(f"{folder.name} is a diffusers folder, which has no EMA weights: set `weights` to model.")
     weights = next((folder / name for name in _FOLDER_WEIGHTS if (folder / name).is_file()), None)
     if weights is None:
         raise FileNotFoundError(f"{folder} is no diffusers model folder: it has no {_FOLDER_WEIGHTS[0]}.")

@@ -27,6 +27,7 @@ def encode_prompt(clip, text, family, *, clean="auto", token_limit=0, one_prompt
     line that is not blank is an item of the batch, padded to the longest, with `attention_mask` (B, L). `extra` goes
     into every entry. Raises ValueError when `clip` is no T5.
     """
+    require(clip)
     limit = token_limit or TOKEN_LIMITS[family]
     text = text.encode("utf-8", "ignore").decode()  # half an emoji, as browsers can cut it, has no tokens
     prompts = [line for line in text.splitlines() if line.strip()] or [""] if one_prompt_per_line else [text]
@@ -40,6 +41,13 @@ def encode_prompt(clip, text, family, *, clean="auto", token_limit=0, one_prompt
     return (batch(conditionings) if one_prompt_per_line else conditionings[0]), "\n".join(notices)
 
 
+def require(clip):
+    """Raises ValueError for the empty CLIP that Load Checkpoint gives of a file without a text encoder."""
+    if clip is None:
+        raise ValueError("PixArt Text Encode got no text encoder: the checkpoint that `clip` comes from holds none. "
+                         "Connect PixArt Load T5.")  # fmt: skip
+
+
 def null_caption(clip, family, *, model=None, positive=None, token_limit=0, extra=None):
     """The caption of the original's unconditional branch -> (CONDITIONING, notice for the user).
 
@@ -47,6 +55,7 @@ def null_caption(clip, family, *, model=None, positive=None, token_limit=0, extr
     pads included. Of these the original attends to as many as the positive prompt has tokens, because it masks both
     branches with the positive's mask (PixArt-sigma scripts/inference.py:84,106-111); without `positive`: to all.
     """
+    require(clip)
     if family == "alpha":
         table = null_table(model)
         entries = [[table[None], clip.add_hooks_to_dict({"pooled_output": None, **(extra or {})})]]

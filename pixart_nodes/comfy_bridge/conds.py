@@ -90,8 +90,9 @@ def to_length(x: Tensor, length: int) -> Tensor:
 def caption_and_mask(caption: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """Caption (B, L, D) and mask (b, L) -> the same without the tokens that no sample keeps, mask int64.
 
-    A sample that keeps nothing is told to attend to everything, as the original's dense mask does. A caption without
-    tokens becomes one zero token. The result is on the caption's device.
+    A sample that keeps nothing is told to attend to everything, as the original's dense mask does. Tokens behind the
+    mask's end, which ConditioningConcat adds, are kept. A caption without tokens becomes one zero token. The result is
+    on the caption's device.
     """
     if caption.shape[1] == 0:
         caption = caption.new_zeros(caption.shape[0], 1, caption.shape[2])
@@ -99,7 +100,8 @@ def caption_and_mask(caption: Tensor, mask: Tensor | None) -> tuple[Tensor, Tens
     if mask is None:
         return caption, torch.ones(caption.shape[:2], dtype=torch.int64, device=caption.device)
     mask = mask.detach().cpu().reshape(-1, mask.shape[-1]) != 0
-    mask = to_length(comfy.utils.repeat_to_batch_size(mask, caption.shape[0]), caption.shape[1])
+    mask = pad(mask, (0, caption.shape[1] - mask.shape[1]), value=True)
+    mask = comfy.utils.repeat_to_batch_size(mask, caption.shape[0])
     mask = mask | ~mask.any(dim=1, keepdim=True)
     length = int(mask.any(dim=0).nonzero().max()) + 1
     if not mask[:, :length].all():

@@ -91,7 +91,8 @@ class PixArtControl(ControlBase):
         control = control or {"input": [], "middle": [], "output": []}  # ComfyUI's own merging expects these
         hint = self.scale_latent(self.hint_latent(*x_noisy.shape[1:])).to(x_noisy.device)
         hint = broadcast_image_to(hint, x_noisy.shape[0], batched_number)
-        return {**control, "branches": [*control.get("branches", ()), self.patcher.model.branch(hint, weights)]}
+        branches = [*control.get("branches", ()), self.patcher.model.branch(hint, weights)]
+        return {**control, "branches": branches, "who": (*control.get("who", ()), id(self))}
 
     def hint_latent(self, channels: int, height: int, width: int) -> Tensor:
         """The hint for a latent of (channels, height, width), fitted and encoded once for each size and kept."""

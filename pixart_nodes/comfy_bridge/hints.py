@@ -87,11 +87,13 @@ def encode(vae, image: Tensor, seed: int | None) -> Tensor:
     posterior = getattr(network, "regularization", None)
     if not isinstance(posterior, DiagonalGaussianRegularizer):
         raise ValueError("This VAE gives one latent and no distribution to sample from: set `posterior` to mode.")
+    channels = vae.latent_channels
     network.regularization = EmptyRegularizer()
+    vae.latent_channels = 2 * channels  # ComfyUI makes room for so many when memory is short and it goes to tiles
     try:
         mean, log_variance = vae.encode(image).chunk(2, dim=1)
     finally:
-        network.regularization = posterior
+        network.regularization, vae.latent_channels = posterior, channels
     noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(seed)).to(mean)
     return mean + noise * (log_variance.clamp(-30, 20) / 2).exp()
 

@@ -14,7 +14,9 @@ from comfy.hooks import EnumHookMode
 from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrappers
 
 from ..checkpoints import load_weights
+from ..checkpoints.keys import POS_EMBED
 from ..model.params import PixArtParams
+from ..model.position import position_table
 from ..model.transformer import PixArtTransformer
 from . import compat, quantize
 from .conds import CONDCaption, CONDCaptionMask, CONDSteady, caption_and_mask
@@ -31,6 +33,7 @@ WEIGHT_DTYPES = {
     "fp8_e4m3fn": torch.float8_e4m3fn,
     **dict.fromkeys(quantize.KINDS),  # of the blocks; the rest as with auto
 }
+PREFIX = "model.diffusion_model."  # of the network in ComfyUI's saved checkpoints
 WEIGHTS = {"ema if present": None, "model": False, "ema": True}
 
 # Peak of one forward, in (B, N, C) tensors of the compute dtype with N image and caption tokens: 12.2 measured at
@@ -170,9 +173,12 @@ class PixArtModel(comfy.model_base.PixArt):
         return input_shape[0] * (LIVE_TENSORS * tokens + remembered) * token
 
     def state_dict_for_saving(self, *args, **kwargs):
-        """What ComfyUI's save nodes write: quantised weights as plain ones, so that every loader reads the file."""
-        saved = super().state_dict_for_saving(*args, **kwargs)
-        return quantize.plain_state_dict(saved, self.diffusion_model, "model.diffusion_model.")
+        """What ComfyUI's save nodes write: quantised weights as plain ones, and the positions that tell the training
+        size, so that every loader reads the file."""
+        saved, p = super().state_dict_for_saving(*args, **kwargs), self.params
+        saved = quantize.plain_state_dict(saved, self.diffusion_model, PREFIX)
+        table = position_table(p.base_size, p.base_size, p.hidden_size, p.base_size, p.pe_interpolation)
+        return {**saved, PREFIX + POS_EMBED: table}
 
     def inference_dtype(self):
         return self.manual_cast_dtype or self.get_dtype()

@@ -77,7 +77,7 @@ def holds_pixart(path: str, folders: list[str], files: list[str]) -> bool:
         config = read_config(os.path.join(path, "transformer"))
     else:
         config = read_config(path) if "config.json" in files else {}
-    return ("_class_name" in config or "caption_channels" in config) and is_pixart_config(config)
+    return is_pixart_config(config)
 
 
 def holds_control(path: str, folders: list[str], files: list[str]) -> bool:

@@ -187,7 +187,13 @@ def read_encoder(files: t5_files.T5Files, where: str):
         raise ValueError(f"{where} is no complete T5 encoder. {diagnosis(tensors)}")
     weights = t5.encoder_weights(tensors, prefix, where)
     config = t5_files.read_config(files.config) if files.config else None
-    return weights, t5.params_from(weights, config, where)
+    try:
+        return weights, t5.params_from(weights, config, where)
+    except t5.ForeignConfig:
+        if files.is_folder:
+            raise
+        log.warning("%s: the config.json beside it is of another model: ignored.", where)
+        return weights, t5.params_from(weights, None, where)
 
 
 def diagnosis(names):

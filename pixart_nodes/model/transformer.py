@@ -125,7 +125,8 @@ class PixArtTransformer(nn.Module):
 
         context_mask (B, L), non-zero = keep; fewer mask rows than images are repeated. A row that keeps nothing
         attends to everything. img_hw (B, 2) in pixels and aspect_ratio (B, 1) are read by micro-conditioned models.
-        control: {"output": [residual (B, N, C) or None, ...], "branches": [branch, ...]}, both optional; residual i
+        control: {"output": [residual (B, N, C) or None, ...], "branches": [branch, ...], "who": anything that tells
+        these from other sources, for the step cache}, all optional; residual i
         enters the input of block i + 1. A branch is called with the state behind block 0 and gives such residuals,
         one when each block has run (see `controlnet.ControlNetTransformer.branch`).
         With learned_variance=True all output channels come back: noise, then the variance interpolation.

@@ -124,19 +124,23 @@ def params_from(weights: dict, config: dict | None, where: str) -> T5Params:
     return params
 
 
+class ForeignConfig(ValueError):
+    """A config.json says something else than the weights."""
+
+
 def check_config(config, where):
     kind = config.get("model_type", "t5")
     if kind not in ("t5", "mt5"):
-        raise ValueError(f"{where} is a {kind} text encoder. PixArt needs T5 v1.1.")
+        raise ForeignConfig(f"{where} is a {kind} text encoder. PixArt needs T5 v1.1.")
     activation = config.get("feed_forward_proj", "gated-gelu")
     if activation not in ("gated-gelu", "relu"):
-        raise ValueError(f"{where}: feed_forward_proj {activation!r} is not supported, only gated-gelu and relu.")
+        raise ForeignConfig(f"{where}: feed_forward_proj {activation!r} is not supported, only gated-gelu and relu.")
 
 
 def compare_with_config(params, config, where):
     for name in ("num_layers", "d_model", "num_heads", "d_kv", "d_ff", "vocab_size"):
         if name in config and config[name] != getattr(params, name):
-            raise ValueError(
+            raise ForeignConfig(
                 f"{where}: config.json says {name} = {config[name]}, but the weights have {getattr(params, name)}. "
                 "The folder is incomplete or mixed from two models: download it again."
             )

@@ -13,11 +13,15 @@ SCAN_DEPTH = 3  # <root>/<pipeline>/text_encoder, and one folder above for those
 
 @dataclass(frozen=True)
 class T5Files:
-    """Absolute paths: the weights (all shards, in order), config.json if any, tokenizers beside the weights."""
+    """Absolute paths: the weights (all shards, in order), config.json if any, tokenizers beside the weights.
+
+    is_folder: a Hugging Face folder, whose files belong together; beside a single file may lie another model's.
+    """
 
     weights: tuple[str, ...]
     config: str | None
     tokenizers: tuple[str, ...]
+    is_folder: bool = True
 
 
 def list_encoders(roots, file_names, other_roots=()) -> list[str]:
@@ -61,6 +65,7 @@ def locate(path: str) -> T5Files:
             for name in TOKENIZER_FILES
             if os.path.isfile(os.path.join(place, name))
         ),
+        is_folder=path == folder,
     )
 
 
@@ -106,9 +111,13 @@ def folder_weights(folder):
 
 
 def indexed_weights(folder, index):
-    with open(os.path.join(folder, index), encoding="utf-8") as file:
-        names = sorted(set(json.load(file)["weight_map"].values()))
-    return require(folder, [os.path.basename(name) for name in names])
+    path = os.path.join(folder, index)
+    try:
+        with open(path, encoding="utf-8") as file:
+            names = {os.path.basename(name) for name in json.load(file)["weight_map"].values()}
+    except (ValueError, LookupError, AttributeError, TypeError) as error:
+        raise ValueError(f"{path} is no index of shards: download it again, or remove it.") from error
+    return require(folder, sorted(names))
 
 
 def file_weights(path):

@@ -21,7 +21,10 @@ class T5Pieces:
         else:
             from sentencepiece import SentencePieceProcessor
 
-            self.backend = SentencePieceProcessor(model_file=path)
+            try:
+                self.backend = SentencePieceProcessor(model_file=path)
+            except (RuntimeError, OSError) as error:
+                raise ValueError(f"{path} is damaged ({error}). Download it again, or remove it.") from error
             self.vocab = {self.backend.id_to_piece(n): n for n in range(self.backend.get_piece_size())}
         self.eos = self.vocab.get("</s>", 1)
 
@@ -48,7 +51,7 @@ def choose_tokenizer(candidates, default: str, vocab_size: int, eos: int, where:
     """
     for path in [*candidates, default]:
         pieces = T5Pieces(path)
-        if max(pieces.vocab.values()) < vocab_size and pieces.eos == eos:
+        if max(pieces.vocab.values()) < vocab_size and pieces.vocab.get("</s>") == eos:
             return pieces
     found = os.path.basename(candidates[0]) if candidates else "no tokenizer"
     raise ValueError(

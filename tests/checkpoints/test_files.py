@@ -77,7 +77,7 @@ def test_the_user_chooses_between_weights_and_their_average(tmp_path):
 @pytest.mark.parametrize("content", [{"state_dict": WEIGHTS}, WEIGHTS, {"state_dict": WEIGHTS, "state_dict_ema": None}])
 def test_asking_for_an_average_that_is_not_there_is_an_error(tmp_path, content):
     torch.save(content, tmp_path / "plain.pth")
-    with pytest.raises(ValueError, match=r"plain\.pth has no EMA weights.*ema off"):
+    with pytest.raises(ValueError, match=r"plain\.pth has no EMA weights.*set `weights` to model"):
         files.load(tmp_path / "plain.pth", ema=True)
 
 

@@ -148,7 +148,8 @@ def test_the_published_name_of_a_folder_tells_family_and_size(tmp_path, tiny, or
     folder = tmp_path / "PixArt-Sigma-XL-2-512-MS" / "transformer"
     folder.mkdir(parents=True)
     save_file(to_diffusers(original(tiny())), folder / "diffusion_pytorch_model.safetensors")
-    (folder / "config.json").write_text('{"num_attention_heads": 2, "attention_head_dim": 12, "sample_size": 64}')
+    config = {"num_attention_heads": 2, "attention_head_dim": 12, "sample_size": 64}
+    (folder / "config.json").write_text(json.dumps(config | {"_class_name": "Transformer2DModel"}))
     _, found = load_weights(folder)
     assert found.params == tiny() and found.family == "sigma" and any("By its name" in note for note in found.notes)
 
@@ -156,6 +157,7 @@ def test_the_published_name_of_a_folder_tells_family_and_size(tmp_path, tiny, or
 def test_a_config_of_another_model_beside_a_file_is_ignored_with_a_note(tmp_path, tiny, make_model):
     save_native(make_model(tiny()), tiny(), tmp_path / "m.safetensors", "sigma", "a test")
     config = {"num_attention_heads": 16, "attention_head_dim": 72, "num_layers": 28, "sample_size": 128}
+    config["_class_name"] = "PixArtTransformer2DModel"
     (tmp_path / "config.json").write_text(json.dumps(config))
     _, found = load_transformer(tmp_path / "m.safetensors")
     assert found.params == tiny() and any("of another model (depth 28" in note for note in found.notes)
@@ -225,3 +227,27 @@ def test_a_scaled_fp8_file_of_another_model_is_named_before_anything_is_computed
     t5 |= {"encoder.block.0.layer.0.SelfAttention.q.scale_weight": torch.ones(())}
     with pytest.raises(ValueError, match="a T5 text encoder"):
         load_transformer(t5)
+
+
+@pytest.mark.parametrize("stray", [
+    {"model_type": "bert", "num_attention_heads": 12, "hidden_size": 768},
+    {"_class_name": "OmniGenTransformer2DModel", "num_attention_heads": 12},
+    {"model_type": "llama", "num_attention_heads": 40},
+])  # fmt: skip
+def test_a_language_models_config_beside_a_file_does_not_change_the_heads(tmp_path, tiny, make_model, stray):
+    model = make_model(tiny(hidden_size=72, num_heads=1))
+    save_file({"pos_embed": torch.zeros(1, 1, 72), **model.state_dict()}, tmp_path / "m.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(stray))
+    _, found = load_transformer(tmp_path / "m.safetensors", family="sigma", base_size=512)
+    assert found.params.num_heads == 1
+
+
+@pytest.mark.parametrize("said", ["[1]", "{x", '{"num_heads": 0}', '{"kv_compress": [1]}'])
+def test_a_damaged_header_is_one_sentence(tmp_path, tiny, make_model, said):
+    params = tiny()
+    save_native(make_model(params), params, tmp_path / "m.safetensors", "sigma", "a test")
+    tensors, metadata = files.load_file_tensors(tmp_path / "m.safetensors")
+    stated = said if said in ("[1]", "{x") else json.dumps(json.loads(metadata["pixart.params"]) | json.loads(said))
+    save_file(dict(tensors), tmp_path / "d.safetensors", {**metadata, "pixart.params": stated})
+    with pytest.raises(ValueError, match="d.safetensors: .*header.*(again)"):
+        load_transformer(tmp_path / "d.safetensors")

@@ -1,5 +1,7 @@
 """PixArtLoadT5 inside a real ComfyUI, against transformers' T5 on the same files."""
 
+import json
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -203,4 +205,36 @@ def test_a_lost_layer_is_an_error_and_not_a_partial_model(folder, load_t5):
     state = load_file(folder / "model.safetensors")
     save_file({k: v for k, v in state.items() if ".block.2." not in k}, folder / "model.safetensors")
     with pytest.raises(ValueError, match="num_layers = 3, but the weights have 2"):
+        load_t5(folder)
+
+
+@pytest.mark.parametrize("stray", [{"model_type": "umt5", "d_model": 4096}, {"model_type": "t5", "d_model": 768}])
+def test_another_models_config_beside_a_single_file_is_ignored_and_in_a_folder_it_is_an_error(
+    folder, load_t5, encode, tiny_t5, caplog, stray
+):
+    random_model(config()).save_pretrained(folder)
+    (folder / "config.json").write_text(json.dumps(stray))
+    with pytest.raises(ValueError, match="umt5 text encoder|mixed from two models"):
+        load_t5(folder)
+    clip = load_t5(folder / "model.safetensors")
+    assert "model.safetensors: the config.json beside it is of another model: ignored." in caplog.text
+    assert same(encode("a fox", clip)[0][0][0], encode("a fox")[0][0][0])
+
+
+def test_a_umt5_file_beside_its_own_config_is_named(folder, load_t5):
+    model = random_model(config())
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    bias = "encoder.block.{}.layer.0.SelfAttention.relative_attention_bias.weight"
+    state[bias.format(1)] = state[bias.format(0)].clone()  # umt5 has one in every block
+    save_file(state, folder / "umt5.safetensors")
+    (folder / "config.json").write_text('{"model_type": "umt5"}')
+    with pytest.raises(ValueError, match="umt5.safetensors is a UMT5 text encoder .* PixArt needs T5"):
+        load_t5(folder / "umt5.safetensors")
+
+
+@pytest.mark.parametrize("text", ["<html>", "{}", "[]", '{"weight_map": {"a": 1}}'])
+def test_an_index_of_shards_that_is_none_is_named(folder, load_t5, text):
+    random_model(config()).save_pretrained(folder)
+    (folder / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(ValueError, match=r"model\.safetensors\.index\.json is no index of shards: download it again"):
         load_t5(folder)

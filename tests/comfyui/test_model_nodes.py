@@ -2,6 +2,8 @@
 
 import json
 import logging
+import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from pixart_nodes.model import PixArtTransformer
 
 from .drive import noise, predict, prompt, sample
 from .inprocess import PACK
-from .tiny import ALPHA, SIGMA, random_weights
+from .tiny import ALPHA, SIGMA, random_weights, save_random
 
 # Loading
 
@@ -284,3 +286,17 @@ def test_memory_grows_with_tokens_and_the_batch_only(sigma):
     small, large = required([2, 4, 128, 128]), required([2, 4, 256, 256])
     assert required([4, 4, 128, 128]) == pytest.approx(2 * small)
     assert 3.5 < large / small < 4.0
+
+
+@pytest.mark.parametrize(("base_size", "scale"), [(32, 1.0), (64, 2.0)])
+def test_what_comfyuis_save_node_writes_is_loaded_again_without_a_choice(comfy, load_model, base_size, scale):
+    params = replace(SIGMA, hidden_size=72, num_heads=1, base_size=base_size, pe_interpolation=scale)
+    save_random(comfy.folder("diffusion_models") / "to_save.safetensors", params, "sigma")
+    model = load_model("to_save.safetensors")
+    comfy.call("ModelSave", model=model, filename_prefix=f"saved_{base_size}")
+    (written,) = (comfy.base / "output").glob(f"saved_{base_size}_*.safetensors")
+    shutil.move(written, comfy.folder("diffusion_models") / "saved.safetensors")
+    again = load_model("saved.safetensors")
+    assert "model.diffusion_model.pos_embed" in load_file(comfy.folder("diffusion_models") / "saved.safetensors")
+    assert (again.model.params.base_size, again.model.params.pe_interpolation) == (base_size, scale)
+    torch.testing.assert_close(sample(comfy, again), sample(comfy, model), rtol=0, atol=1e-4)

@@ -43,6 +43,15 @@ def test_a_mask_with_holes_is_honoured(sigma):
     assert (masked - short).abs().max() < 1e-5
 
 
+def test_text_behind_the_end_of_the_mask_counts(sigma):
+    """ConditioningConcat lengthens the tokens and leaves the mask as it is."""
+    caption, mask = prompt(9, 1, batch=2)[0][0], torch.tensor([[1] * 6, [1] * 3 + [0] * 3])
+    (out,) = predict(sigma, [[[caption, {"attention_mask": mask}]]], noise(batch=2))
+    for i, kept in enumerate(([0, 1, 2, 3, 4, 5, 6, 7, 8], [0, 1, 2, 6, 7, 8])):
+        (alone,) = predict(sigma, [[[caption[i : i + 1, kept], {}]]], noise(batch=2)[i : i + 1])
+        assert (out[i] - alone[0]).abs().max() < 1e-5
+
+
 def test_each_picture_of_a_batch_follows_its_own_prompt(sigma):
     caption = prompt(9, 1, batch=3)[0][0]
     mask = (torch.arange(9) < torch.tensor([[2], [9], [5]])).long()

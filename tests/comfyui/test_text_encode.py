@@ -231,3 +231,10 @@ def test_hooks_of_the_clip_reach_the_conditioning(encode, tiny_t5, load_model):
     assert encode("a", clip)[0][0][1]["hooks"] is hooks
     null = {"family": "alpha", "unconditional": "null caption", "model": load_model("alpha.safetensors")}
     assert encode("a", clip, **null)[0][0][1]["hooks"] is hooks
+
+
+@pytest.mark.parametrize("unconditional", ["prompt", "null caption"])
+@pytest.mark.parametrize("family", ["alpha", "sigma"])
+def test_an_empty_clip_says_where_it_comes_from(encode, sigma, family, unconditional):
+    with pytest.raises(ValueError, match="got no text encoder: the checkpoint .* Connect PixArt Load T5"):
+        encode("x", clip=None, family=family, unconditional=unconditional, model=sigma)

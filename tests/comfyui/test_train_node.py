@@ -157,6 +157,23 @@ def test_the_lora_on_the_model_is_the_one_in_the_file(comfy, graph):
     assert torch.equal(drawn, loaded) and not torch.equal(drawn, plain)
 
 
+def test_a_result_that_another_run_has_overwritten_is_written_again_and_not_trained_again(comfy, graph):
+    from safetensors.torch import load_file
+
+    def trained(seed):
+        assert comfy.run(graph("shared", use=False, steps=1, seed=seed)).success
+        return load_file(comfy.folder("loras") / "pixart" / "shared.safetensors")
+
+    first, second, again = trained(1), trained(2), trained(1)
+    assert not same(first, second) and same(first, again)
+    runs = sorted((comfy.base / "output" / "pixart_runs").glob("shared_*"))
+    assert [steps(run) for run in runs] == [[1], [1]]
+
+
+def same(left, right):
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
 def load_latent(folder, prefix):
     from safetensors.torch import load_file
 

@@ -57,6 +57,13 @@ def test_the_first_tokenizer_that_fits_the_vocabulary_is_chosen(unigram):
     assert choose_tokenizer([], large, 100, 1, "tiny").path == large
 
 
+def test_a_tokenizer_without_an_end_token_is_another_models(unigram, tmp_path):
+    bert = Tokenizer(models.WordPiece({"[PAD]": 0, "[unused0]": 1, "[UNK]": 2, "fox": 3}, unk_token="[UNK]"))
+    bert.save(str(tmp_path / "bert.json"))
+    small = unigram("small.json")
+    assert choose_tokenizer([str(tmp_path / "bert.json")], small, 7, 1, "tiny").path == small
+
+
 def test_no_fitting_tokenizer_is_an_error_that_says_what_to_do(unigram):
     large = unigram("large.json", words=[f"▁w{n}" for n in range(50)])
     with pytest.raises(ValueError, match="tiny has a vocabulary of 7 tokens.*own tokenizer.json"):

@@ -105,3 +105,15 @@ def test_a_clone_for_another_device_has_weights_of_its_own(comfy, sigma, load, a
     changed = [[entry[0], {**entry[1], "control": clone}] for entry in positive]
     assert clone.get_models() != control.get_models()
     assert not torch.equal(sample(comfy, sigma, changed, negative), sample(comfy, sigma, positive, negative))
+
+
+def test_a_control_net_that_takes_over_from_another_is_not_left_out_by_the_step_cache(comfy, sigma, load, apply):
+    cached, control = step_cached(comfy, sigma, 10.0), load()
+    first = apply(control, edges(seed=1), end=0.5)
+    handed_over = sample(comfy, cached, *apply(control, edges(seed=2), *first, start=0.5005), steps=8)
+    alone = sample(comfy, cached, *first, steps=8)
+    assert not torch.allclose(handed_over, alone, atol=1e-3)
+
+
+def step_cached(comfy, model, threshold):
+    return comfy.call("PixArtStepCache", model=model, threshold=threshold, start_percent=0.0, end_percent=1.0)[0]

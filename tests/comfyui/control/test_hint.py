@@ -140,6 +140,32 @@ def test_grey_and_transparent_images_count_as_their_visible_part(comfy, sigma, l
     grey, alpha = edges()[..., :1], edges(seed=3)[..., :1].round()
     image = {1: grey, 2: torch.cat([grey, alpha], -1), 4: torch.cat([grey.expand(-1, -1, -1, 3), alpha], -1)}[channels]
     visible = (grey if channels == 1 else grey * alpha).expand(-1, -1, -1, 3)
-    out = sample(comfy, sigma, *apply(load(), image))
-    torch.testing.assert_close(out, sample(comfy, sigma, *apply(load(), visible)), rtol=0, atol=1e-5)
+    as_rgb = comfy.pack("comfy_bridge.hints").as_rgb
+    seen, expected = (as_rgb(picture.movedim(-1, 1), "a hint")[0] for picture in (image, visible))
+    assert torch.equal(seen, expected)
+    drawn, expected = (sample(comfy, sigma, *apply(load(), picture)) for picture in (image, visible))
+    # their layout in memory changes the last bits of a product on some processors
+    assert (drawn - expected).norm() < 1e-3 * expected.norm()
     assert ("alpha channel" in caplog.text) == (channels != 1)
+
+
+@pytest.mark.parametrize("seed", [None, 7])
+def test_an_image_is_encoded_in_tiles_where_memory_is_short(comfy, kl_vae, monkeypatch, seed):
+    import comfy.model_management as mm
+
+    encode, network = comfy.pack("comfy_bridge.hints").encode, kl_vae.first_stage_model
+    whole, refused = network.encode, []
+
+    def short_of_memory(*args, **kwargs):
+        if not refused:
+            refused.append(True)
+            raise mm.OOM_EXCEPTION("out of memory")
+        return whole(*args, **kwargs)
+
+    image = edges().movedim(-1, 1)
+    with torch.inference_mode():
+        expected = encode(kl_vae, image, seed)
+        monkeypatch.setattr(network, "encode", short_of_memory)
+        tiled = encode(kl_vae, image, seed)
+    assert refused and tiled.shape == expected.shape and (tiled - expected).abs().max() < 0.05
+    assert kl_vae.latent_channels == 4
