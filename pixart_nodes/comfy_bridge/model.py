@@ -255,5 +255,6 @@ def choose_dtypes(weight_dtype, state_dict, config, device):
 
 
 def cpu_is_fast_in_bf16() -> bool:
-    """Whether this CPU multiplies bf16 matrices in hardware (AMX); others are slower than in fp32."""
-    return getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
+    """Whether this CPU multiplies bf16 matrices in hardware (AMX, AVX512_BF16); others are slower than in fp32."""
+    checks = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    return any(getattr(torch.cpu, check, lambda: False)() for check in checks)

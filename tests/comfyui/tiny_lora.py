@@ -104,6 +104,7 @@ def run(model, params=SIGMA):
     extra = {} if size is None else {"c_size": size, "c_ar": size[:, :1] / size[:, 1:]}
     with torch.inference_mode():
         model_management.load_models_gpu([model])
+        x, context = (tensor.to(model.model.inference_dtype()) for tensor in (x, context))
         return model.model.diffusion_model(x, t, context, **extra).clone()
 
 
