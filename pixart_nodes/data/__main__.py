@@ -123,7 +123,7 @@ def encode(arguments):
         latents.refresh()
         captions.refresh()
         sys.stdout.write(f"{index_of(cache, manifest, encoders, latents, captions, arguments.prompt).path}\n")
-    accelerator.end_training()
+    accelerator.wait_for_everyone()
 
 
 def shared_memory(source: Path, folder: Path, rank: int) -> Memory:
@@ -175,4 +175,4 @@ def main(words=None) -> int:
 
 
 if __name__ == "__main__":
-    leave(main(), FAILED)
+    leave(main())

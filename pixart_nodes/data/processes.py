@@ -16,13 +16,13 @@ def check_joined(accelerator):
         raise ValueError(f"{launched()} processes were launched, but accelerate joined {accelerator.num_processes}.")
 
 
-def leave(status: int, failed: int):
+def leave(status: int):
     """Ends this process with its exit status.
 
-    One that failed beside others neither waits for them nor winds down the threads that talk to them, which may end in
-    an abort of PyTorch's in place of the status.
+    One of several does not wind down the threads that talk to the others: that may end in an abort of PyTorch's in
+    place of the status. Those that have done their work have waited for each other before (`wait_for_everyone`).
     """
-    if status == failed and launched() > 1:
+    if launched() > 1:
         logging.shutdown()
         sys.stdout.flush()
         os._exit(status)

@@ -187,7 +187,7 @@ def run(folder: RunFolder, is_main: bool, dry_run: bool) -> int:
         return FAILED
     if is_main:
         record_end(goal, state, output=str(output) if output else None)
-    trainer.accelerator.end_training()
+    trainer.accelerator.wait_for_everyone()
     return DONE if state == "done" else STOPPED
 
 
@@ -283,4 +283,4 @@ def main(words=None) -> int:
 
 
 if __name__ == "__main__":
-    leave(main(), FAILED)
+    leave(main())

@@ -133,6 +133,7 @@ def test_a_run_that_is_going_on_is_waited_for_and_then_trained_further(comfy, gr
     monkeypatch.setattr(comfy.pack("comfy_bridge.training"), "runs_on_cpu", lambda: False)
     second = comfy.run(graph("second", use=False))
     assert not second.success and f"{folder.path.name} is training on this GPU" in errors(second)[0]
+    assert not list((comfy.base / "output" / "pixart_runs").glob("second_*"))
     monkeypatch.undo()
     folder.send("resume")
     thread.join()
