@@ -30,6 +30,7 @@ from .run_dir import COMMANDS, Busy, RunFolder, seal
 logger = logging.getLogger("pixart_nodes.training")
 
 DONE, FAILED, STOPPED = 0, 1, 3
+MAIN_PATIENCE = 5.0  # seconds
 PARENT_FD, PARENT_PID, PARENT_POLL = "PIXART_PARENT_FD", "PIXART_PARENT_PID", 2.0
 
 
@@ -182,13 +183,31 @@ def run(folder: RunFolder, is_main: bool, dry_run: bool) -> int:
     except Exception as error:  # whatever it is: the monitor and the exit status say so, the log has the traceback
         sentence = sentence_of(error, goal.path, trainer)
         logger.exception("%s", sentence)
-        if is_main:
+        if is_main or not main_has_said_why(goal):
             record_end(goal, "failed", sentence=sentence)
         return FAILED
     if is_main:
         record_end(goal, state, output=str(output) if output else None)
     trainer.accelerator.wait_for_everyone()
     return DONE if state == "done" else STOPPED
+
+
+def main_has_said_why(folder: RunFolder) -> bool:
+    """Waits for the main process to record a failure that it shares: when this one is gone, the launcher ends it.
+
+    False when it does not, because it waits for this process. A machine that does not share the folder has none to
+    write to.
+    """
+    import psutil
+
+    began = psutil.Process().create_time() - MAIN_PATIENCE
+    deadline = time.monotonic() + MAIN_PATIENCE
+    while time.monotonic() < deadline:
+        status = folder.status()
+        if status.get("state") == "failed" and status.get("started", 0) > began:
+            return True
+        time.sleep(0.1)
+    return not folder.status()
 
 
 def sentence_of(error: BaseException, folder: Path, trainer=None) -> str:
